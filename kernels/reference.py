@@ -1,0 +1,80 @@
+"""What every op means, in plain torch. Runs anywhere, differentiable, never imports triton.
+
+Letters: B batch, T frames, S places in a frame, L attended length, H heads, E channels of a head, D = H * E.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Axis = Literal["spatial", "temporal"]
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift. x: (B, T, S, D); shift, scale: (B, T or 1, 1, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def self_attention(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: tuple[Tensor, Tensor] | None, axis: Axis
+) -> Tensor:
+    """Attention over the places of a frame, or over the frames of a place.
+
+    qkv: (B, T, S, 3 * H * E), packed [q | k | v]; q_weight, k_weight: (E,) of the RMSNorm of queries and keys;
+    rope: cosines and sines (L, E / 2), applied after the norm -> (B, T, S, H * E).
+    """
+    b, e = qkv.shape[0], q_weight.shape[0]
+    fold = "b t s (three h e) -> three (b t) h s e" if axis == "spatial" else "b t s (three h e) -> three (b s) h t e"
+    q, k, v = rearrange(qkv, fold, three=3, e=e)
+    q, k = rms_norm(q, q_weight), rms_norm(k, k_weight)
+    if rope is not None:
+        q, k = rotate(q, *rope), rotate(k, *rope)
+    x = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(x, "(b t) h s e -> b t s (h e)" if axis == "spatial" else "(b s) h t e -> b t s (h e)", b=b)
+
+
+def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
+    """Every token attends to the first lengths[b] keys of its caption; None: to all of them.
+
+    q: (B, T, S, D); kv: (B, L, 2, H, E), packed [k | v]; lengths: (B,) -> (B, T, S, D).
+    """
+    t, h = q.shape[1], kv.shape[3]
+    k, v = rearrange(kv, "b l two h e -> two b h l e")
+    mask = None if lengths is None else caption_mask(lengths, kv.shape[1])[:, None, None]  # (B, 1, 1, L)
+    x = F.scaled_dot_product_attention(rearrange(q, "b t s (h e) -> b h (t s) e", h=h), k, v, attn_mask=mask)
+    return rearrange(x, "b h (t s) e -> b t s (h e)", t=t)
+
+
+def gated_residual(x: Tensor, a: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(x + update, update), update = gate * a. x, a: (B, T, S, D); gate: (B, T or 1, 1, D), None: one."""
+    update = a if gate is None else gate * a
+    return x + update, update
+
+
+def add_updates(x: Tensor, *updates: Tensor) -> Tensor:
+    """x + u1 + u2 ..., one after the other, rounded as gated_residual rounds. All (B, T, S, D)."""
+    for update in updates:
+        x = x + update
+    return x
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / rms(x) over the last axis in float32, cast back, then times weight (E,): Llama's order of roundings."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the pairs (2i, 2i + 1). x: (..., L, E); cos, sin: (L, E / 2)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def caption_mask(lengths: Tensor, length: int) -> Tensor:
+    """lengths: (B,) -> (B, length) bool, true for the tokens that are there."""
+    return torch.arange(length, device=lengths.device) < lengths[:, None]

@@ -1,0 +1,64 @@
+"""What one sampling run keeps between model calls: the updates that later calls reuse, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from minidit.broadcast import Call, Plan, Site
+
+
+class Cache:
+    """The kept updates of one run of one plan, each held from its STORE to its last REUSE.
+
+    A run takes its calls in order; one that starts again with call 0, after an end or half way, starts empty. Guidance
+    in two calls a step needs two caches, since the two halves of a guidance pair have different updates.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, as if the run had not begun."""
+        self._held: dict[Site, Tensor] = {}
+        self._next = 0
+        self.peak_bytes = 0
+        self._like: tuple[object, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return sum(update.nbytes for update in self._held.values())
+
+    def begin(self, call: Call, sites: Sequence[Site], x: Tensor) -> None:
+        """Called once a model call, before its first sublayer. x: the tokens (B, T, S, D).
+
+        Raises ValueError for a call of another plan or out of order, for another model, and for tokens of another
+        batch, size, dtype or device than those the run began with: a kept update would not belong to them.
+        """
+        if tuple(sites) != self.plan.sites:
+            raise ValueError(
+                f"this cache's plan is for a model of {len(self.plan.sites)} sites, this one has {len(sites)} "
+                "or other ones: make the plan with model.sites"
+            )
+        if call.index not in (0, self._next):
+            raise ValueError(f"call {call.index} came where call {self._next} of the plan was due: calls go in order")
+        if call.index >= len(self.plan) or call != self.plan[call.index]:
+            raise ValueError(f"call {call.index} is of another plan than this cache: make a Cache for each plan")
+        if call.index == 0:  # only now: a refused call leaves the run as it was
+            self.clear()
+        like = (x.shape, x.dtype, x.device)
+        if self._like not in (None, like):
+            raise ValueError(f"the run began with tokens {self._like}, call {call.index} has {like}: begin a new run")
+        self._like, self._next = like, call.index + 1
+
+    def keep(self, site: Site, update: Tensor) -> None:
+        """Hold the update until its last reuse, without a copy."""
+        self._held[site] = update
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+
+    def take(self, site: Site, *, last: bool) -> Tensor:
+        """The kept update; freed here if this is its last reuse."""
+        return self._held.pop(site) if last else self._held[site]

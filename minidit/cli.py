@@ -1,0 +1,276 @@
+"""The `minidit` command: make a video of a caption, or show what a recipe would do."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minidit import checkpoint, metrics, pipeline
+from minidit.broadcast import RECIPES, Act, Pyramid
+from minidit.config import PRESETS, Sampling
+from minidit.model import DiT
+from minidit.pipeline import Report, readable
+from minidit.sampling import Step
+from minidit.video import WATCHABLE, check_output, save_video, side_by_side
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXTRAS = {"matplotlib": "plots"}  # as in pyproject.toml: packages that only a part of minidit needs
+MOST = 100_000  # steps or frames: a slip of the finger should not fill the memory with a table
+LONGEST = 8000  # pixels of a side: twice that, of two videos side by side, fits into every kind of file
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}"
+GENERATE = """\
+examples:
+  minidit generate "a red circle moves to the right" --out red.mp4
+  minidit generate "a blue star grows" --pyramid pab-357 --seed 7 --compare
+"""
+PLAN = """\
+examples:
+  minidit plan --model opensora-1.2 --size 480x854 --frames 51
+  minidit plan --pyramid mine.json --steps 50 --json -
+"""
+PYRAMIDS = f"""
+pyramids:
+{textwrap.fill(", ".join(RECIPES) + ",", 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)}
+  or a .json file with a rule for some of spatial, temporal, cross and mlp:
+  {{"spatial": {{"every": 2, "window": {{"lo": 450, "hi": 930}}}}}}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    try:
+        args = parser().parse_args(argv)
+        args.command(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return complain("interrupted, nothing was written", code=130)
+    except BrokenPipeError:
+        # whoever read the output, such as head, has enough; the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        wanted = f"'minidit[{EXTRAS[package]}]'" if package in EXTRAS else package
+        return complain(f"{error}" + (f": pip install {wanted}" if wanted else ""))
+    except OSError as error:
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else f"{error}")
+    except ValueError as error:
+        return complain(f"{error}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return complain("out of memory: fewer --frames, a smaller --size, --two-calls or --pyramid none need less")
+    return 0
+
+
+def complain(message: str, *, code: int = 2) -> int:
+    print(f"minidit: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """What it has to complain about is a ValueError, for `main` to say as it says everything."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
+def parser() -> Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Text to video with Pyramid Attention Broadcast."
+    top = Parser(prog="minidit", description=about, epilog=GENERATE, formatter_class=raw)
+    top.add_argument("--version", action="version", version=f"minidit {version()}")
+    top.set_defaults(command=lambda _: top.print_help())
+    commands = top.add_subparsers(metavar="COMMAND")
+
+    about = "make a video of a caption"
+    make = commands.add_parser(
+        "generate", help=about, description=about, epilog=GENERATE + PYRAMIDS, formatter_class=raw
+    )
+    make.set_defaults(command=generate)
+    make.add_argument("caption", help='such as "a red circle moves to the right"')
+    make.add_argument("--out", default="video.mp4", metavar="FILE", help=".mp4, .gif, .webp, or .png (%(default)s)")
+    make.add_argument("--model", default="tiny", help="tiny, or a model's folder (%(default)s)")
+    add_run(make)
+    make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")
+    make.add_argument("--two-calls", action="store_true", help="guidance in two smaller model calls: less memory")
+    make.add_argument("--fps", type=number(0.01, 1000), metavar="F", help="frames a second in the file")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    make.add_argument("--device", choices=("cpu", "cuda"), default=device, help="%(default)s, if not given")
+    make.add_argument("--compare", action="store_true", help="also without broadcast: side by side, and how alike")
+
+    about = "show what a run would do and cost; nothing is run"
+    show = commands.add_parser("plan", help=about, description=about, epilog=PLAN + PYRAMIDS, formatter_class=raw)
+    show.set_defaults(command=plan)
+    show.add_argument("--model", default="tiny", help=f"tiny, {', '.join(PRESETS)}, or a model's folder (%(default)s)")
+    add_run(show)
+    show.add_argument("--dtype", choices=tuple(DTYPES), help="as generate would here; of opensora-1.2, bfloat16")
+    show.add_argument("--json", metavar="FILE", help="write the plan there, too; -: print it, and nothing else")
+    return top
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """The options of a run. All but the pyramid are as the model was trained unless they are given."""
+    command.add_argument("--pyramid", default="pab-246", help="what is reused when, see below (%(default)s)")
+    command.add_argument("--steps", type=whole(1, MOST), metavar="N", help="of the sampler, a model call each")
+    command.add_argument("--guidance", type=number(-100, 100), metavar="G", help="the caption's weight; 1: no guidance")
+    command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video")
+    command.add_argument("--size", type=size, metavar="HxW", help="pixels, the height first; or N for a square")
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of `add_run` that make a Sampling, None where not given."""
+    height, width = args.size or (None, None)
+    return dict(steps=args.steps, guidance=args.guidance, frames=args.frames, height=height, width=width)
+
+
+def whole(lo: int, hi: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d{1,19}", text) or not lo <= int(text) <= hi:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {lo} to {hi}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def number(lo: float, hi: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = float(text)
+        if not lo <= value <= hi:
+            raise argparse.ArgumentTypeError(f"expected a number from {lo:g} to {hi:g}, got {text!r}")
+        return value
+
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text)
+    height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not (1 <= height <= LONGEST and 1 <= width <= LONGEST):
+        raise argparse.ArgumentTypeError(f"expected HxW or N, of pixels from 1 to {LONGEST}, got {text!r}")
+    return height, width
+
+
+def read_pyramid(name: str) -> Pyramid | None:
+    if name in RECIPES:
+        return RECIPES[name]
+    if not name.endswith(".json"):
+        raise ValueError(f"unknown pyramid {name!r}: give one of {', '.join(RECIPES)}, or a .json file")
+    try:
+        return Pyramid.from_json(Path(name).read_text())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def generate(args: argparse.Namespace) -> None:
+    model, pyramid, options = checked(args)
+    asked = pipeline.asked(model.config, **options).sampling
+    options |= {"seed": args.seed, "two_calls": args.two_calls}
+    if args.compare:
+        # the first model call of a process takes longer, and would be counted on one side
+        pipeline.generate(model, args.caption, **{**options, "steps": 1})
+        plain, before = run(model, args.caption, None, asked.steps, options)
+    video, report = run(model, args.caption, pyramid, asked.steps, options)
+    text, shown = str(report), [clip(asked)]
+    if args.compare:
+        text += compared(plain, before, video, report)
+        video, shown = side_by_side(plain, video), [*shown, "left without broadcast, right with"]
+    scale = min(math.ceil(WATCHABLE / min(asked.height, asked.width)), 2 * LONGEST // max(video.shape[1:3]))
+    fps = args.fps or asked.fps
+    path = save_video(video, args.out, fps=fps, scale=max(1, scale))
+    shown += [f"shown {scale}x larger"] * (scale > 1) + [f"{fps:g} fps"] * (path.suffix.lower() != ".png")
+    print(f"{text}\n\nwrote {path} ({', '.join(shown)})")
+
+
+def checked(args: argparse.Namespace) -> tuple[DiT, Pyramid | None, dict[str, Any]]:
+    """The model and what it is asked for. Everything that can be wrong is found here, before the model runs."""
+    check_output(args.out)
+    pyramid, options = read_pyramid(args.pyramid), run_options(args)
+    if args.compare and pyramid is None:
+        raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
+    if args.model in PRESETS and not Path(args.model).exists():
+        raise ValueError(f"{args.model} is a shape without weights, for `minidit plan`; give tiny or a folder")
+    model = checkpoint.load(args.model, device=args.device)
+    config = pipeline.asked(model.config, **options)
+    report = pipeline.predict(config, model.dtype, pyramid)
+    # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
+    if args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
+        raise MemoryError
+    pipeline.encoder(model).tokenize([args.caption])
+    wanted, trained = clip(config.sampling), clip(model.config.sampling)
+    if wanted != trained:
+        print(f"minidit: note: trained on {trained}; {wanted} will run, but expect worse", file=sys.stderr)
+    return model, pyramid, options
+
+
+def run(
+    model: DiT, caption: str, pyramid: Pyramid | None, calls: int, options: dict[str, Any]
+) -> tuple[Tensor, Report]:
+    """pipeline.generate behind a progress bar."""
+    label = "with broadcast" if pyramid else "without broadcast"
+    with tqdm(total=calls, desc=label, bar_format=BAR, dynamic_ncols=True, leave=False) as bar:
+
+        def advance(step: Step) -> None:
+            acts, held = step.call.acts, f"{readable(step.cache_bytes, 1024)}B"
+            bar.set_postfix_str(f"reused {acts.count(Act.REUSE)} of {len(acts)}, {held} held", refresh=False)
+            bar.update()
+
+        return pipeline.generate(model, caption, pyramid=pyramid, on_step=advance, **options)
+
+
+def compared(plain: Tensor, before: Report, video: Tensor, report: Report) -> str:
+    """How a run with broadcast differs from the one before it without."""
+    faster = before.seconds / report.seconds
+    text = f"\nwithout     {before.seconds:.1f} s: broadcast is {faster:.2f}x as fast"
+    text += f"\nlikeness    PSNR {metrics.psnr(plain, video):.2f} dB"
+    if min(video.shape[1:3]) >= metrics.WINDOW:
+        text += f", SSIM {metrics.ssim(plain, video):.4f}"
+    return text
+
+
+def plan(args: argparse.Namespace) -> None:
+    pyramid, preset = read_pyramid(args.pyramid), PRESETS.get(args.model)
+    config = pipeline.asked(preset or checkpoint.load_config(args.model), **run_options(args))
+    dtype = args.dtype or ("bfloat16" if preset or torch.cuda.is_available() else "float32")
+    report = pipeline.predict(config, DTYPES[dtype], pyramid)
+    if args.json == "-":
+        print(report.plan.to_json())
+        return
+    if args.json:
+        Path(args.json).write_text(report.plan.to_json() + "\n")
+    print(f"{args.model}, {args.pyramid}: {clip(config.sampling)}, guidance {config.sampling.guidance:g}, {dtype}\n")
+    print(report.plan)
+    print("'.' compute, S compute and store, R reuse; held: updates in the cache after the call\n")
+    print(report)
+    if args.json:
+        print(f"\nwrote {args.json}")
+
+
+def clip(run: Sampling) -> str:
+    return f"{run.frames} frame{'s' * (run.frames > 1)} of {run.height}x{run.width}"
+
+
+def memory() -> float:
+    """Bytes of this computer, as far as it tells."""
+    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else math.inf
+
+
+def version() -> str:
+    try:
+        return metadata.version("minidit")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,44 @@
+"""What a model call costs, from sizes alone: floating-point operations and bytes. Nothing is built or run.
+
+Operations are counted as torch.utils.flop_counter does: two for each multiply-add of a matrix product or of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from minidit.broadcast import Part
+from minidit.config import ModelConfig
+from minidit.embed import SINUSOID_DIM
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one model call of a batch."""
+
+    parts: Mapping[Part, int]  # operations of one computed site of each part
+    rest: int  # operations of everything else in a call: embeddings, modulation, final layer
+    prepare: int  # operations before the first call, once a run: the caption's keys and values
+    update_bytes: int  # of one kept update
+
+
+def cost(config: ModelConfig, *, batch: int, latent: tuple[int, int, int], caption_length: int, itemsize: int) -> Cost:
+    """latent: (T, H, W); caption_length: tokens, the padded ones among them; itemsize: bytes of a number."""
+    frames, places = config.tokens(latent)
+    n, d, length, patch = batch * frames * places, config.dim, caption_length, prod(config.patch)
+
+    def attention(attended: int) -> int:
+        return 4 * n * attended * d  # queries x keys, then weights x values
+
+    parts: dict[Part, int] = {
+        "spatial": 2 * n * d * 4 * d + attention(places),
+        "temporal": 2 * n * d * 4 * d + attention(frames),
+        "cross": 2 * n * d * 2 * d + attention(length),
+        "mlp": 2 * n * d * 2 * config.mlp_dim,
+    }
+    number = 2 * batch * (SINUSOID_DIM * d + d * d)  # a ScalarEmbed
+    patches = 2 * n * d * patch * (config.in_channels + config.out_channels)
+    text = 2 * batch * length * (config.caption_dim * d + d * d + 2 * config.depth * 2 * d * d)
+    return Cost(parts, number + 2 * batch * d * 6 * d + patches, number + text, n * d * itemsize)

@@ -1,0 +1,158 @@
+"""What broadcast saves on the embedded model and what it costs: the table of the README.
+
+    python scripts/quality.py judge      # 200 captions a recipe, judged by program; on a GPU if there is one
+    python scripts/quality.py time       # seconds a video, recipes in turn, medians; on this machine
+    python scripts/quality.py table      # both as Markdown, from benchmarks/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import judge
+import shapes
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import minidit
+from minidit.broadcast import RECIPES
+from minidit.pipeline import Report
+
+NAMES = ("none", "pab-246", "pab-357", "pab-579")
+SEED = 1000  # of the captions and the first video: training's own samples have others
+
+
+def generate_all(
+    model: minidit.DiT, captions: Sequence[str], recipe: str, batch: int, bar: tqdm[Any]
+) -> tuple[list[Tensor], Report]:
+    """A video (T, H, W, 3) for every caption, the i-th from seed SEED + i, and the report of the last batch."""
+    videos = list[Tensor]()
+    for i in range(0, len(captions), batch):
+        made, report = minidit.generate(
+            model,
+            captions[i : i + batch],
+            pyramid=RECIPES[recipe],
+            seed=SEED + i,
+            two_calls=False,
+            on_step=lambda step: bar.update(),
+        )
+        videos += made
+    return videos, report
+
+
+def accepted(video: Tensor, caption: str) -> bool:
+    torch.set_num_threads(1)
+    return judge.accepts(video, shapes.parse(caption))
+
+
+def measure_quality(model: minidit.DiT, count: int, batch: int) -> list[dict[str, Any]]:
+    """A row a recipe: videos right among all, held-out and two-actor captions; mean PSNR and SSIM against no broadcast."""
+    prompts = shapes.prompts(count, SEED)
+    captions = [caption for caption, _ in prompts]
+    rows, plain = list[dict[str, Any]](), list[Tensor]()
+    calls = model.config.sampling.steps * -(-count // batch) * len(NAMES)
+    with tqdm(total=calls, unit="call") as bar, ProcessPoolExecutor() as pool:
+        for name in NAMES:
+            videos, report = generate_all(model, captions, name, batch, bar)
+            plain = plain or videos
+            right = list(pool.map(accepted, videos, captions, chunksize=4))
+            same = name == "none"
+            rows.append(
+                {
+                    "recipe": name,
+                    "right": sum(right),
+                    "captions": count,
+                    "held_out_right": sum(r for r, (_, held) in zip(right, prompts, strict=True) if held),
+                    "held_out": sum(held for _, held in prompts),
+                    "two_right": sum(r for r, c in zip(right, captions, strict=True) if len(shapes.parse(c)) == 2),
+                    "two": sum(len(shapes.parse(c)) == 2 for c in captions),
+                    "psnr": None if same else mean(minidit.psnr(a, b) for a, b in zip(videos, plain, strict=True)),
+                    "ssim": None if same else mean(minidit.ssim(a, b) for a, b in zip(videos, plain, strict=True)),
+                    "tflop": report.flops / 1e12 / min(batch, count),
+                    "saved": 1 - report.flops / report.flops_without,
+                    "wrong": [c for c, r in zip(captions, right, strict=True) if not r],
+                }
+            )
+    return rows
+
+
+def measure_time(model: minidit.DiT, rounds: int) -> list[dict[str, Any]]:
+    """A row a recipe: median seconds of one video, the recipes in turn after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    calls = model.config.sampling.steps * (rounds + 1) * len(NAMES)
+    with tqdm(total=calls, unit="call") as bar:
+        for i in range(rounds + 1):
+            for name in NAMES:
+                _, report = generate_all(model, [shapes.prompts(1, i)[0][0]], name, 1, bar)
+                seconds[name].append(report.seconds)
+    return [
+        {"recipe": name, "seconds": statistics.median(each[1:]), "rounds": rounds} for name, each in seconds.items()
+    ]
+
+
+def mean(values: Any) -> float:
+    return statistics.fmean(values)
+
+
+def table(quality: dict[str, Any], timing: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| recipe | right captions | of them held out | PSNR dB | SSIM | TFLOP a video | seconds a video |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = timing["rows"][0]["seconds"]
+    for q, t in zip(quality["rows"], timing["rows"], strict=True):
+        psnr, ssim = ("-", "-") if q["psnr"] is None else (f"{q['psnr']:.1f}", f"{q['ssim']:.3f}")
+        lines.append(
+            f"| {q['recipe']} | {q['right']} / {q['captions']} | {q['held_out_right']} / {q['held_out']} "
+            f"| {psnr} | {ssim} | {q['tflop']:.3f} (-{q['saved']:.1%}) "
+            f"| {t['seconds']:.1f} ({base / t['seconds']:.2f} x) |"
+        )
+    return "\n".join(lines)
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """What a figure is worth nothing without."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    on = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": on, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("judge", "time", "table"))
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", default="benchmarks", help="folder of the JSON files")
+    args = parser.parse_args(argv)
+    folder = Path(args.out)
+    if args.what == "table":
+        print(table(*(json.loads((folder / f"{name}.json").read_text()) for name in ("quality", "time"))))
+        return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = minidit.load(args.model, device=device, dtype=torch.float32)
+    if args.what == "judge":
+        name, rows = "quality", measure_quality(model, args.captions, args.batch)
+    else:
+        name, rows = "time", measure_time(model, args.rounds)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = f"python scripts/quality.py {args.what}"
+    (folder / f"{name}.json").write_text(json.dumps({"command": command, **origin(device), "rows": rows}, indent=2) + "\n")
+    print(json.dumps([{k: v for k, v in row.items() if k != "wrong"} for row in rows], indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""Train the embedded text-to-video model from scratch, on videos that are drawn as they are needed.
+
+    python scripts/train.py --steps 10000                          # one GPU
+    torchrun --nproc-per-node 8 scripts/train.py --steps 10000     # as many as there are
+    python scripts/train.py --steps 10000                          # after an interruption: goes on where it was
+
+Rectified flow: z = (1 - t) data + t noise, the network predicts the data, the loss is that of the velocity. Everything
+random in a step is a function of the seed and the step's number, so an interrupted run goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import judge
+import shapes
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from minidit import checkpoint, sampling, video
+from minidit.config import CaptionConfig, ModelConfig, Sampling
+from minidit.model import DiT
+from minidit.pipeline import generate
+
+TINY = ModelConfig(
+    depth=3,
+    dim=288,
+    heads=4,  # of 72 channels, as in STDiT3-XL/2
+    mlp_ratio=2.0,
+    patch=(1, 8, 8),
+    in_channels=3,
+    out_channels=3,
+    caption_dim=128,
+    caption_length=24,
+    base_size=shapes.SIZE,
+    sampling=Sampling(
+        prediction="sample",
+        shift=10.0,  # place and motion are decided where a frame of large flat shapes is nearly all noise
+        steps=30,
+        guidance=3.0,
+        frames=shapes.FRAMES,
+        height=shapes.SIZE,
+        width=shapes.SIZE,
+        fps=8,
+        space=1,
+        chunk=1,
+        time=1,
+    ),
+    captions=CaptionConfig(vocabulary=shapes.VOCABULARY, heads=4, depth=2),
+)
+EARLIEST = 0.05  # of t in 0..1: the velocity of a predicted sample is divided by t
+DROPPED = 0.1  # of the captions, so that guidance has something to move away from
+
+
+class Scenes(Dataset[tuple[Tensor, Tensor]]):
+    """Item i is this rank's share of step i's batch: packed scenes (B, 2, 15) and caption tokens (B, L)."""
+
+    def __init__(self, model: DiT, args: argparse.Namespace, share: slice) -> None:
+        assert model.encoder is not None
+        self.tokenize, self.args, self.share = deepcopy(model.encoder).cpu().tokenize, args, share
+
+    def __len__(self) -> int:
+        return int(self.args.steps)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        rngs = [random.Random(f"{self.args.seed} {step} {i}") for i in range(self.args.batch)[self.share]]
+        # two actors as often as one: which colour goes with which motion is what is hard to learn
+        scenes = [shapes.sample_scene(rng, actors=rng.choice((1, 2))) for rng in rngs]
+        captions = [shapes.caption(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
+        return shapes.pack(scenes), self.tokenize(captions)
+
+
+class Objective(nn.Module):
+    """The loss of a batch, as one module for DistributedDataParallel and torch.compile."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, data: Tensor, tokens: Tensor, t: Tensor, noise: Tensor, drop: Tensor) -> Tensor:
+        """data, noise: (B, C, T, H, W); tokens: (B, L); t: (B,) in 0..1; drop: (B,) captions to leave out -> ()."""
+        model, defaults, wide = self.model, self.model.config.sampling, t[:, None, None, None, None]
+        assert model.encoder is not None
+        text, lengths = model.encoder(tokens)
+        text = torch.where(drop[:, None, None], model.null_caption, text)
+        z = torch.lerp(data, noise, wide)
+        latent, fps = (data.shape[2], data.shape[3], data.shape[4]), torch.full_like(t, defaults.fps)
+        cond = model.prepare(text, lengths, latent=latent, height=defaults.height, width=defaults.width, fps=fps)
+        output = model(z, t * sampling.NUM_TIMESTEPS, cond)
+        flow = sampling.velocity(output, z, wide * sampling.NUM_TIMESTEPS, model.config)
+        return (flow - (data - noise)).square().mean()
+
+
+def initialise(model: DiT) -> None:
+    """Xavier everywhere; what writes to the output begins at zero, as in DiT."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.modulation.weight, std=0.02)
+    nn.init.zeros_(model.final.linear.weight)
+
+
+def random_parts(args: argparse.Namespace, step: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+    """t (B,), noise and dropped captions (B,) of a step's whole batch, which every rank draws alike."""
+    generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+    u = torch.rand(args.batch, generator=generator, device=device)
+    t = sampling.shifted(u, TINY.sampling.shift or 1.0).clamp(min=EARLIEST)
+    noise = torch.randn(args.batch, *shape, generator=generator, device=device)
+    return t, noise, torch.rand(args.batch, generator=generator, device=device) < DROPPED
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Linear warm-up, then constant or a cosine down to a hundredth."""
+    if step < args.warmup:
+        return float(args.lr * (step + 1) / args.warmup)
+    if args.schedule == "constant":
+        return float(args.lr)
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return float(args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))))
+
+
+class Run:
+    """Everything an interrupted training needs to go on: weights, their average, the optimizer, the loss curve."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.device, self.step, self.losses = args, device, 0, list[tuple[int, float]]()
+        self.model = DiT(TINY)
+        initialise(self.model)
+        if args.init:
+            self.model.load_state_dict(checkpoint.load(args.init, dtype=torch.float32).state_dict())
+        self.model.to(device)
+        self.average = deepcopy(self.model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        )
+
+    @property
+    def file(self) -> Path:
+        return Path(self.args.out) / "state.pt"
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        torch.save({**parts, "step": self.step, "losses": self.losses, "args": vars(self.args)}, self.file.with_suffix(".part"))
+        os.replace(self.file.with_suffix(".part"), self.file)
+        checkpoint.save(self.average, self.args.out, dtype=torch.bfloat16)
+        (self.file.parent / "losses.json").write_text(json.dumps(self.losses))
+
+    def resume(self) -> None:
+        """Take up the state in the output folder, if any. Raises ValueError if it was trained with other settings."""
+        if not self.file.exists():
+            return
+        state = torch.load(self.file, map_location=self.device, weights_only=True)
+        for name in ("batch", "seed", "steps", "lr", "schedule", "warmup"):
+            if state["args"][name] != getattr(self.args, name):
+                raise ValueError(
+                    f"{self.file} was trained with --{name} {state['args'][name]}, not {getattr(self.args, name)}: "
+                    "give the same, or another --out"
+                )
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.losses = state["step"], state["losses"]
+
+    def advance(self, objective: nn.Module, packed: Tensor, tokens: Tensor, share: slice) -> Tensor:
+        """One optimizer step on one batch. The loss of this rank's share."""
+        args, device = self.args, self.device
+        data = shapes.draw(packed.to(device, non_blocking=True))
+        t, noise, drop = (part[share] for part in random_parts(args, self.step, data.shape[1:], device))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(args, self.step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = objective(data, tokens.to(device, non_blocking=True), t, noise, drop)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self.step += 1
+        return loss.detach()
+
+    def show(self) -> None:
+        """What the averaged weights make now: a sheet of samples, and how many of 64 captions the judge accepts."""
+        captions = [caption for caption, _ in shapes.prompts(64, self.args.seed)]
+        videos, _ = generate(self.average, captions, pyramid=None)
+        right = sum(judge.accepts(v, shapes.parse(c)) for v, c in zip(videos, captions, strict=True))
+        sheet = video.sheet(list(videos[:8]), captions[:8])
+        sheet.save(Path(self.args.out) / f"step{self.step:06}.png")
+        print(f"\nstep {self.step}: the judge accepts {right} of {len(captions)}", flush=True)
+
+
+def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
+    """Run to the last step, or until interrupted, saving on the way. Every rank takes every world-th sample."""
+    run, share = Run(args, device), slice(rank, args.batch, world)
+    run.resume()
+    objective: nn.Module = Objective(run.model)
+    if world > 1:
+        objective = nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
+    if args.compile:
+        for sublayer in run.model.sublayers:  # three kinds to compile, where the whole model would take minutes
+            sublayer.compile()
+    scenes = Scenes(run.model, args, share)
+    rest = range(run.step, args.steps)
+    loader = DataLoader(scenes, batch_size=None, sampler=rest, num_workers=args.workers, pin_memory=device.type == "cuda")
+    start, pending = time.monotonic(), list[Tensor]()
+    until = start + 60 * args.minutes if args.minutes else math.inf
+    try:
+        for packed, tokens in loader:
+            pending.append(run.advance(objective, packed, tokens, share))
+            stop = time.monotonic() > until
+            if run.step % 50 == 0 or run.step == args.steps or stop:
+                loss = torch.stack(pending).mean()
+                if world > 1:
+                    dist.all_reduce(loss, dist.ReduceOp.AVG)
+                run.losses.append((run.step, loss.item()))
+                pending.clear()
+                if rank == 0:
+                    progress(run, time.monotonic() - start, len(rest))
+            if rank == 0 and args.show and run.step % args.show == 0:
+                run.save()
+                run.show()
+            if stop:
+                break
+    finally:
+        if rank == 0:
+            run.save()
+    return run
+
+
+def progress(run: Run, seconds: float, todo: int) -> None:
+    done = todo - (run.args.steps - run.step)
+    left = seconds / done * (todo - done)
+    print(
+        f"\rstep {run.step}/{run.args.steps}  loss {run.losses[-1][1]:.4f}  {done / seconds:.2f} steps/s  "
+        f"{left / 60:.1f} min left",
+        end="\n" if run.step % 1000 == 0 else "",
+        flush=True,
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="checkpoints/tiny", help="folder for state, samples and the model")
+    parser.add_argument("--init", help="start from the weights of this model's folder instead of random ones")
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    parser.add_argument("--batch", type=int, default=256, help="videos a step, over all ranks")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=500, help="steps")
+    parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=2000, help="steps between sample sheets, 0 for none")
+    parser.add_argument("--workers", type=int, default=min(12, (os.cpu_count() or 2) - 1), help="data processes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_float32_matmul_precision("high")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group()
+    try:
+        run = train(args, rank, world, device)
+        if rank == 0 and args.show and run.step == args.steps:
+            run.show()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the state is in {args.out}, the same command goes on", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
