@@ -1,6 +1,19 @@
 """minidit: a minimal video diffusion transformer whose forward pass has Pyramid Attention Broadcast built in."""
 
-from minidit.broadcast import PAB_246, PAB_357, PAB_579, RECIPES, Act, Broadcast, Plan, Pyramid, Site, TimestepTable, Window, plan
+from minidit.broadcast import (
+    PAB_246,
+    PAB_357,
+    PAB_579,
+    RECIPES,
+    Act,
+    Broadcast,
+    Plan,
+    Pyramid,
+    Site,
+    TimestepTable,
+    Window,
+    plan,
+)
 from minidit.cache import Cache
 from minidit.checkpoint import load, save
 from minidit.config import PRESETS, ModelConfig

@@ -25,7 +25,7 @@ class CaptionEncoder(nn.Module):
         self.vocabulary, self.length = captions.vocabulary, config.caption_length
         self.tokens = {word: i + 1 for i, word in enumerate(captions.vocabulary)}
         self.words = nn.Embedding(len(self.tokens) + 1, dim)
-        self.places = nn.Parameter(torch.randn(self.length, dim) / dim**0.5)
+        self.places = nn.Parameter(torch.randn(self.length, dim))
         layer = nn.TransformerEncoderLayer(
             dim, captions.heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )

@@ -42,7 +42,7 @@ def positions(rows: int, columns: int, dim: int, *, scale: float, base: int | No
 
     def axis(count: int) -> Tensor:
         index = torch.arange(count, dtype=torch.float32) / scale
-        return sin_cos(index if base is None else index * base / count, dim // 2)
+        return sin_cos(index if base is None else index * (base / count), dim // 2)
 
     column = axis(columns).expand(rows, columns, -1)
     row = axis(rows)[:, None].expand(rows, columns, -1)
@@ -51,7 +51,7 @@ def positions(rows: int, columns: int, dim: int, *, scale: float, base: int | No
 
 def sin_cos(position: Tensor, dim: int) -> Tensor:
     """position: (N,) -> (N, dim), [sin | cos] of dim / 2 frequencies from 1 down to 1 / 10000."""
-    angle = position[:, None] * 1e4 ** (-torch.arange(0, dim, 2, device=position.device) / dim)
+    angle = position[:, None] * (1.0 / 10000 ** (torch.arange(0, dim, 2, device=position.device) / dim))
     return torch.cat((angle.sin(), angle.cos()), -1)
 
 

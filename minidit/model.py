@@ -35,6 +35,9 @@ class DiT(nn.Module):
     Source: hpcaitech/Open-Sora v1.2.0, opensora/models/stdit/stdit3.py.
     """
 
+    blocks: Any  # a list of blocks, each a dictionary of part -> Sublayer
+    rope_freqs: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.sites = config, config.sites
@@ -44,7 +47,8 @@ class DiT(nn.Module):
         self.fps = embed.ScalarEmbed(dim)
         self.modulation = nn.Linear(dim, 6 * dim)
         self.caption = Mlp(config.caption_dim, dim, dim)
-        self.null_caption = nn.Parameter(torch.randn(config.caption_length, config.caption_dim) / config.caption_dim**0.5)
+        null = torch.randn(config.caption_length, config.caption_dim)
+        self.null_caption = nn.Parameter(null / config.caption_dim**0.5)
         self.register_buffer("rope_freqs", embed.rope_frequencies(config.head_dim))
         self.blocks = nn.ModuleList(nn.ModuleDict() for _ in range(2 * config.depth))
         for block, part in self.sites:
@@ -118,12 +122,13 @@ class DiT(nn.Module):
         acts = call.acts if call else (Act.COMPUTE,) * len(self.sites)
         last = call.last if call else (False,) * len(self.sites)
 
-        for site, sublayer, context, act, over in zip(self.sites, self.sublayers, cond.contexts, acts, last, strict=True):
-            if act is Act.REUSE:
-                x = ops.add_updates(x, cache.take(site, last=over))
+        sublayers = zip(self.sites, self.sublayers, cond.contexts, acts, last, strict=True)
+        for site, sublayer, context, act, done in sublayers:
+            if cache and act is Act.REUSE:
+                x = ops.add_updates(x, cache.take(site, last=done))
                 continue
             x, update = sublayer(x, modulation[site.part], context)
-            if act is Act.STORE:
+            if cache and act is Act.STORE:
                 cache.keep(site, update)
 
         x = self.final(x, time, clean, frame_mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 from minidit.broadcast import Call, Plan
 from minidit.cache import Cache
 from minidit.config import ModelConfig
-from minidit.model import DiT
+from minidit.model import Conditioning, DiT
 
 NUM_TIMESTEPS = 1000  # t runs from 1000, noise, to 0, data
 Real = TypeVar("Real", float, Tensor)
@@ -50,7 +50,7 @@ def seen(times: Sequence[float], dtype: torch.dtype) -> list[float]:
     return rounded
 
 
-def velocity(output: Tensor, z: Tensor, t: float, config: ModelConfig) -> Tensor:
+def velocity(output: Tensor, z: Tensor, t: float | Tensor, config: ModelConfig) -> Tensor:
     """dz / du, u = 1 - t / 1000, from noise to data, as the network's output tells it.
 
     "velocity": the output is it, as in Open-Sora. "sample": the output is the data itself; a network that predicts it
@@ -143,8 +143,12 @@ def sample(
     copies = len(texts) // len(batches)  # of z in one model call
     lengths = None if lengths is None else lengths.repeat(copies)
     rate = torch.full((copies * len(z),), float(fps), device=z.device)
-    size = {"latent": tuple(z.shape[2:]), "height": height, "width": width, "fps": rate}
-    runs = [(model.prepare(batch, lengths, **size), Cache(plan)) for batch in batches]
+    latent = (z.shape[2], z.shape[3], z.shape[4])
+
+    def prepare(text: Tensor) -> Conditioning:
+        return model.prepare(text, lengths, latent=latent, height=height, width=width, fps=rate)
+
+    runs = [(prepare(batch), Cache(plan)) for batch in batches]
 
     def field(i: int, z: Tensor, mask: Tensor | None) -> Tensor:
         call, many = plan[i], z.repeat(copies, 1, 1, 1, 1)

@@ -18,13 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import judge
-import shapes
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import judge
 import minidit
+import shapes
 from minidit.broadcast import RECIPES
 from minidit.pipeline import Report
 
@@ -56,7 +56,7 @@ def accepted(video: Tensor, caption: str) -> bool:
 
 
 def measure_quality(model: minidit.DiT, count: int, batch: int) -> list[dict[str, Any]]:
-    """A row a recipe: videos right among all, held-out and two-actor captions; mean PSNR and SSIM against no broadcast."""
+    """A row a recipe: right among all, held-out and two-actor captions; mean PSNR and SSIM against no broadcast."""
     prompts = shapes.prompts(count, SEED)
     captions = [caption for caption, _ in prompts]
     rows, plain = list[dict[str, Any]](), list[Tensor]()
@@ -148,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         name, rows = "time", measure_time(model, args.rounds)
     folder.mkdir(parents=True, exist_ok=True)
-    command = f"python scripts/quality.py {args.what}"
-    (folder / f"{name}.json").write_text(json.dumps({"command": command, **origin(device), "rows": rows}, indent=2) + "\n")
+    command = " ".join(["python scripts/quality.py", *(argv or sys.argv[1:])])
+    result = {"command": command, **origin(device), "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps([{k: v for k, v in row.items() if k != "wrong"} for row in rows], indent=2))
     return 0
 

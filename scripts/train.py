@@ -5,7 +5,8 @@
     python scripts/train.py --steps 10000                          # after an interruption: goes on where it was
 
 Rectified flow: z = (1 - t) data + t noise, the network predicts the data, the loss is that of the velocity. Everything
-random in a step is a function of the seed and the step's number, so an interrupted run goes on exactly as it would have.
+random in a step is a function of the seed and the step's number. An interrupted run (Ctrl-C, SIGTERM) ends the step in
+hand, saves its state, and goes on from there exactly as it would have.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from threading import Event
+from typing import Any
 
-import judge
-import shapes
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import judge
+import shapes
 from minidit import checkpoint, sampling, video
 from minidit.config import CaptionConfig, ModelConfig, Sampling
 from minidit.model import DiT
@@ -60,6 +65,7 @@ TINY = ModelConfig(
     captions=CaptionConfig(vocabulary=shapes.VOCABULARY, heads=4, depth=2),
 )
 EARLIEST = 0.05  # of t in 0..1: the velocity of a predicted sample is divided by t
+EVERY = 50  # steps between two points of the loss curve
 DROPPED = 0.1  # of the captions, so that guidance has something to move away from
 
 
@@ -136,7 +142,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         torch.manual_seed(args.seed)
-        self.args, self.device, self.step, self.losses = args, device, 0, list[tuple[int, float]]()
+        self.args, self.device, self.step = args, device, 0
+        self.losses = list[tuple[int, float]]()  # step, mean loss of the EVERY steps up to it
+        self.recent = list[Tensor]()  # losses of the steps since
         self.model = DiT(TINY)
         initialise(self.model)
         if args.init:
@@ -151,11 +159,20 @@ class Run:
     def file(self) -> Path:
         return Path(self.args.out) / "state.pt"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on."""
+        names = ("batch", "seed", "steps", "lr", "schedule", "warmup", "ema", "clip", "init")
+        return {**{name: getattr(self.args, name) for name in names}, "model": self.model.config.to_json()}
+
     def save(self) -> None:
+        """The state, and beside it the model as it is now."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
-        torch.save({**parts, "step": self.step, "losses": self.losses, "args": vars(self.args)}, self.file.with_suffix(".part"))
-        os.replace(self.file.with_suffix(".part"), self.file)
+        curve = {"step": self.step, "losses": self.losses, "recent": self.recent}
+        part = self.file.with_suffix(".part")
+        torch.save({**parts, **curve, "settings": self.settings}, part)
+        os.replace(part, self.file)
         checkpoint.save(self.average, self.args.out, dtype=torch.bfloat16)
         (self.file.parent / "losses.json").write_text(json.dumps(self.losses))
 
@@ -164,15 +181,15 @@ class Run:
         if not self.file.exists():
             return
         state = torch.load(self.file, map_location=self.device, weights_only=True)
-        for name in ("batch", "seed", "steps", "lr", "schedule", "warmup"):
-            if state["args"][name] != getattr(self.args, name):
+        for name, value in self.settings.items():
+            if state["settings"][name] != value:
                 raise ValueError(
-                    f"{self.file} was trained with --{name} {state['args'][name]}, not {getattr(self.args, name)}: "
+                    f"{self.file} was trained with {name} {state['settings'][name]}, not {value}: "
                     "give the same, or another --out"
                 )
         for name in ("model", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        self.step, self.losses = state["step"], state["losses"]
+        self.step, self.losses, self.recent = state["step"], state["losses"], state["recent"]
 
     def advance(self, objective: nn.Module, packed: Tensor, tokens: Tensor, share: slice) -> Tensor:
         """One optimizer step on one batch. The loss of this rank's share."""
@@ -204,6 +221,8 @@ class Run:
 
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
     """Run to the last step, or until interrupted, saving on the way. Every rank takes every world-th sample."""
+    if args.batch % world:
+        raise ValueError(f"--batch {args.batch} does not divide among {world} processes")
     run, share = Run(args, device), slice(rank, args.batch, world)
     run.resume()
     objective: nn.Module = Objective(run.model)
@@ -212,41 +231,61 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     if args.compile:
         for sublayer in run.model.sublayers:  # three kinds to compile, where the whole model would take minutes
             sublayer.compile()
+    rest, pinned = range(run.step, args.steps), device.type == "cuda"
     scenes = Scenes(run.model, args, share)
-    rest = range(run.step, args.steps)
-    loader = DataLoader(scenes, batch_size=None, sampler=rest, num_workers=args.workers, pin_memory=device.type == "cuda")
-    start, pending = time.monotonic(), list[Tensor]()
+    loader = DataLoader(scenes, batch_size=None, sampler=rest, num_workers=args.workers, pin_memory=pinned)
+    start = time.monotonic()
     until = start + 60 * args.minutes if args.minutes else math.inf
-    try:
+    with interruptions() as interrupted:
         for packed, tokens in loader:
-            pending.append(run.advance(objective, packed, tokens, share))
-            stop = time.monotonic() > until
-            if run.step % 50 == 0 or run.step == args.steps or stop:
-                loss = torch.stack(pending).mean()
-                if world > 1:
-                    dist.all_reduce(loss, dist.ReduceOp.AVG)
-                run.losses.append((run.step, loss.item()))
-                pending.clear()
+            run.recent.append(run.advance(objective, packed, tokens, share))
+            if run.step % EVERY == 0:
+                run.losses.append((run.step, mean_over_ranks(torch.stack(run.recent).mean(), world)))
+                run.recent.clear()
                 if rank == 0:
                     progress(run, time.monotonic() - start, len(rest))
             if rank == 0 and args.show and run.step % args.show == 0:
                 run.save()
                 run.show()
-            if stop:
-                break
-    finally:
-        if rank == 0:
-            run.save()
+            # several ranks have to stop at the same step, so they ask each other, and not at every step
+            if world == 1 or run.step % EVERY == 0:
+                stop = torch.tensor(float(interrupted.is_set() or time.monotonic() > until), device=device)
+                if mean_over_ranks(stop, world) > 0:
+                    break
+    if rank == 0:
+        run.save()
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     return run
+
+
+@contextmanager
+def interruptions() -> Iterator[Event]:
+    """An event that Ctrl-C and SIGTERM set, instead of breaking off what is going on."""
+    interrupted, signals = Event(), (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: interrupted.set()) for number in signals]
+    try:
+        yield interrupted
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def mean_over_ranks(value: Tensor, world: int) -> float:
+    if world > 1:
+        dist.all_reduce(value)
+    return value.item() / world
 
 
 def progress(run: Run, seconds: float, todo: int) -> None:
     done = todo - (run.args.steps - run.step)
     left = seconds / done * (todo - done)
+    if not sys.stdout.isatty() and run.step % (10 * EVERY):
+        return
     print(
         f"\rstep {run.step}/{run.args.steps}  loss {run.losses[-1][1]:.4f}  {done / seconds:.2f} steps/s  "
         f"{left / 60:.1f} min left",
-        end="\n" if run.step % 1000 == 0 else "",
+        end="" if sys.stdout.isatty() else "\n",
         flush=True,
     )
 

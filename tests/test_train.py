@@ -1,4 +1,5 @@
 import json
+import signal
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ SMALL = replace(
 @pytest.fixture(autouse=True)
 def a_small_model_of_small_videos(monkeypatch):
     monkeypatch.setattr(train, "TINY", SMALL)
+    monkeypatch.setattr(train, "EVERY", 20)
     monkeypatch.setattr(shapes, "draw", partial(shapes.draw, frames=2, size=16))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # it would outlive the test
 
@@ -39,13 +41,13 @@ def trained(out, **settings):
 
 
 def interrupt(monkeypatch, at):
-    """Ctrl-C as step `at` begins, once."""
+    """Ctrl-C while step `at` is made, once."""
     advance = train.Run.advance
 
     def interrupted(run, *args):
         if run.step == at:
             monkeypatch.setattr(train.Run, "advance", advance)
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return advance(run, *args)
 
     monkeypatch.setattr(train.Run, "advance", interrupted)
@@ -64,6 +66,7 @@ def straight(tmp_path_factory):
     """60 steps without an interruption. The fixture above is a test's own, so its patches are made here again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "TINY", SMALL)
+        patch.setattr(train, "EVERY", 20)
         patch.setattr(shapes, "draw", partial(shapes.draw, frames=2, size=16))
         return trained(tmp_path_factory.mktemp("straight"))
 
@@ -72,25 +75,25 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.parametrize("at", [0, 23])
-def test_an_interrupted_training_ends_with_the_same_weights(straight, tmp_path, monkeypatch, at):
+def test_an_interrupted_training_ends_with_the_same_weights_and_loss_curve(straight, tmp_path, monkeypatch, at):
     interrupt(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path)
     again = trained(tmp_path)
-    assert again.step == 60 and bits(again) == bits(straight)
+    assert again.step == 60 and bits(again) == bits(straight) and again.losses == straight.losses
 
 
 def test_ctrl_c_leaves_a_state_that_the_same_command_resumes(straight, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.Run, "show", lambda run: None)
-    interrupt(monkeypatch, 50)  # where the loss curve has a point
+    interrupt(monkeypatch, 50)
     assert train.main(command(tmp_path)) == 130
     assert capsys.readouterr().err == f"\ninterrupted; the state is in {tmp_path}, the same command goes on\n"
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 50
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 51  # it ends the step in hand
     assert train.main(command(tmp_path)) == 0
     model, average = load(tmp_path), deepcopy(straight.average).to(torch.bfloat16).float()
     assert model.config == SMALL and all(map(torch.equal, model.parameters(), average.parameters()))
     assert [tuple(point) for point in json.loads((tmp_path / "losses.json").read_text())] == straight.losses
-    assert [step for step, _ in straight.losses] == [50, 60]
+    assert [step for step, _ in straight.losses] == [20, 40, 60]
 
 
 def test_a_finished_training_is_not_trained_again(tmp_path, monkeypatch):
@@ -102,12 +105,14 @@ def test_a_finished_training_is_not_trained_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 8}, "--batch 4, not 8"),
-        ({"seed": 1}, "--seed 0, not 1"),
-        ({"steps": 3}, "--steps 2, not 3"),
-        ({"lr": 0.01}, "--lr 0.001, not 0.01"),
-        ({"schedule": "constant"}, "--schedule cosine, not constant"),
-        ({"warmup": 6}, "--warmup 5, not 6"),
+        ({"batch": 8}, "batch 4, not 8"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"steps": 3}, "steps 2, not 3"),
+        ({"lr": 0.01}, "lr 0.001, not 0.01"),
+        ({"schedule": "constant"}, "schedule cosine, not constant"),
+        ({"warmup": 6}, "warmup 5, not 6"),
+        ({"ema": 0.9}, "ema 0.999, not 0.9"),
+        ({"clip": 2.0}, "clip 1.0, not 2.0"),
     ],
 )
 def test_other_settings_than_the_states_are_refused_with_one_line(tmp_path, capsys, settings, message):
