@@ -4,6 +4,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# tests are small: two threads that wait for each other take longer than one, and much longer on a busy computer
+torch.set_num_threads(1)
+
 settings.register_profile("default", deadline=None)  # the first example of a test may compile or load
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")  # --hypothesis-profile overrides it

@@ -47,15 +47,6 @@ MIXED = Pyramid(spatial=Broadcast(2, ALWAYS), temporal=Broadcast(3, ALWAYS), cro
 LATE = Pyramid(temporal=Broadcast(4, Window(0, 450)), mlp=Broadcast(2, Window(0, 700)))  # nothing is stored in call 0
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A few tokens are no work to be divided."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def built(config, dtype=torch.float32):
     """A model with random weights, the same ones each time."""
     generator = torch.Generator().manual_seed(0)

@@ -57,15 +57,6 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More would only wait for each other: the model is very small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """Files of a test are named as a user names them, in the current folder."""

@@ -17,15 +17,6 @@ RIGHT = Actor(colour="red", shape="circle", motion="right", radius=9.0, centre=(
 WANTED = [("red", "circle", "right")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The judge works on tensors so small that threads, on a busy computer, wait for each other much longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def filmed(*actors):
     """The actors as a uint8 video (16, 64, 64, 3)."""
     return as_video(render([Scene(actors=actors, background=0.1)])[0])
