@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minidit.broadcast import Call, Plan, Site
+from minidit.broadcast import Act, Call, Plan, Site
 
 
 class Cache:
@@ -35,8 +35,8 @@ class Cache:
     def begin(self, call: Call, sites: Sequence[Site], x: Tensor) -> None:
         """Called once a model call, before its first sublayer. x: the tokens (B, T, S, D).
 
-        Raises ValueError for a call of another plan or out of order, for another model, and for tokens of another
-        batch, size, dtype or device than those the run began with: a kept update would not belong to them.
+        Raises ValueError for a call of another plan, out of order or after one that broke off, for another model, and
+        for tokens of another batch, size, dtype or device than the run's: a kept update would not belong to them.
         """
         if tuple(sites) != self.plan.sites:
             raise ValueError(
@@ -47,6 +47,9 @@ class Cache:
             raise ValueError(f"call {call.index} came where call {self._next} of the plan was due: calls go in order")
         if call.index >= len(self.plan) or call != self.plan[call.index]:
             raise ValueError(f"call {call.index} is of another plan than this cache: make a Cache for each plan")
+        reused = {site for site, act in zip(sites, call.acts, strict=True) if act is Act.REUSE}
+        if call.index and self._held.keys() != reused:
+            raise ValueError(f"call {call.index - 1} broke off half way: begin a new run with call 0")
         if call.index == 0:  # only now: a refused call leaves the run as it was
             self.clear()
         like = (x.shape, x.dtype, x.device)

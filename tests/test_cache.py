@@ -112,8 +112,11 @@ def prepared(model, run):
     return z, model.prepare(text.to(model.dtype), lengths, latent=run.latent, height=32, width=32, fps=fps)
 
 
+kept = []  # weak references to every update that a Watched cache was given
+
+
 class Watched(Cache):
-    """A cache that knows how much it held at most in the last call, and what became of all that it ever held."""
+    """A cache that knows how much it held at most in the last call, and remembers in `kept` what it was given."""
 
     def begin(self, call, sites, x):
         super().begin(call, sites, x)
@@ -123,9 +126,6 @@ class Watched(Cache):
         super().keep(site, update)
         self.most = max(self.most, self.nbytes)
         kept.append(weakref.ref(update))
-
-
-kept = []
 
 
 def alive():
@@ -551,7 +551,7 @@ def test_and_one_of_a_plan_for_another_model():
         sampling.sample(model_of(TINY), z, text, plan=run.plan(model_of(replace(TINY, depth=2))), **args)
 
 
-def test_after_a_call_that_broke_off_half_way_a_new_run_is_as_any_other():
+def test_after_a_call_that_broke_off_half_way_the_next_is_refused_and_a_new_run_is_as_any_other():
     model = model_of(TINY)
     x, cond = prepared(model, Run())
     table = Run().plan(model)
@@ -563,8 +563,10 @@ def test_after_a_call_that_broke_off_half_way_a_new_run_is_as_any_other():
         raise MemoryError
 
     with contextlib.ExitStack() as stack, pytest.raises(MemoryError):
-        stack.callback(model.sublayers[-1].register_forward_pre_hook(broken).remove)
+        stack.callback(model.sublayers[0].register_forward_pre_hook(broken).remove)
         model(x, table[2].timestep, cond, table[2], cache)
+    with pytest.raises(ValueError, match="call 2 broke off half way: begin a new run"):
+        model(x, table[3].timestep, cond, table[3], cache)
     for call in table:
         output = model(x, call.timestep, cond, call, cache)
         assert output.equal(model(x, call.timestep, cond, call, fresh))
