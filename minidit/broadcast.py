@@ -4,7 +4,8 @@ Pyramid Attention Broadcast (Zhao et al., arXiv:2408.12588) reuses the outputs o
 because in the middle of a diffusion run they hardly change. Rules say for which calls; `plan` turns them into a table.
 Decisions are those of NUS-HPC-AI-Lab/VideoSys 4cce477, videosys/core/pab/pab_mgr.py, quirks included:
 the phase is counted from call 0, not from the window's first call; both ends of a window are exclusive; timesteps are
-those the model sees, so a bfloat16 model's are rounded to bfloat16; MLP tables match timesteps exactly.
+those the model sees, so a bfloat16 model's are rounded to bfloat16; MLP tables match timesteps exactly. VideoSys also
+cuts timesteps to whole numbers, which bfloat16 has done already above 128; here they are compared as they are.
 """
 
 from __future__ import annotations
