@@ -248,15 +248,20 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
                 run.save()
                 run.show()
             # several ranks have to stop at the same step, so they ask each other, and not at every step
-            if world == 1 or run.step % EVERY == 0:
-                stop = torch.tensor(float(interrupted.is_set() or time.monotonic() > until), device=device)
-                if mean_over_ranks(stop, world) > 0:
-                    break
+            stop = interrupted.is_set() or time.monotonic() > until
+            if (world == 1 and stop) or (world > 1 and run.step % EVERY == 0 and wanted_by_any(stop, device)):
+                break
     if rank == 0:
         run.save()
+    if world > 1:
+        dist.barrier()  # the group must not lose a member while another still saves
     if interrupted.is_set():
         raise KeyboardInterrupt
     return run
+
+
+def wanted_by_any(stop: bool, device: torch.device) -> bool:
+    return mean_over_ranks(torch.tensor(float(stop), device=device), dist.get_world_size()) > 0
 
 
 @contextmanager
