@@ -22,8 +22,7 @@ def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
 def unpatchify(x: Tensor, patch: tuple[int, int, int], height: int, width: int) -> Tensor:
     """x: (B, T, S, patch * C), the channel fastest -> (B, C, T, height, width), cropped to what patchify was given."""
     _, ph, pw = patch
-    h = -(-height // ph)
-    x = rearrange(x, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=h, ph=ph, pw=pw)
+    x = rearrange(x, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=grid(height, ph), ph=ph, pw=pw)
     return x[..., :height, :width]
 
 

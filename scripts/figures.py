@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.curve is None:
         parser.error("loss needs the file of the curve")
     else:
-        loss(args.curve, args.out)
+        try:
+            loss(args.curve, args.out)
+        except ImportError as error:
+            parser.error(f"{error}: pip install 'minidit[plots]'")
     return 0
 
 

@@ -44,7 +44,6 @@ def generate_all(
             captions[i : i + batch],
             pyramid=RECIPES[recipe],
             seed=SEED + i,
-            two_calls=False,
             on_step=lambda step: bar.update(),
         )
         videos += made
@@ -77,8 +76,8 @@ def measure_quality(model: minidit.DiT, count: int, batch: int) -> list[dict[str
                     "held_out": sum(held for _, held in prompts),
                     "two_right": sum(r for r, c in zip(right, captions, strict=True) if len(shapes.parse(c)) == 2),
                     "two": sum(len(shapes.parse(c)) == 2 for c in captions),
-                    "psnr": None if same else mean(minidit.psnr(a, b) for a, b in zip(videos, plain, strict=True)),
-                    "ssim": None if same else mean(minidit.ssim(a, b) for a, b in zip(videos, plain, strict=True)),
+                    "psnr": None if same else statistics.fmean(map(minidit.psnr, videos, plain)),
+                    "ssim": None if same else statistics.fmean(map(minidit.ssim, videos, plain)),
                     "tflop": report.flops / 1e12 / min(batch, count),
                     "saved": 1 - report.flops / report.flops_without,
                     "wrong": [c for c, r in zip(captions, right, strict=True) if not r],
@@ -99,10 +98,6 @@ def measure_time(model: minidit.DiT, rounds: int) -> list[dict[str, Any]]:
     return [
         {"recipe": name, "seconds": statistics.median(each[1:]), "rounds": rounds} for name, each in seconds.items()
     ]
-
-
-def mean(values: Any) -> float:
-    return statistics.fmean(values)
 
 
 def table(quality: dict[str, Any], timing: dict[str, Any]) -> str:
@@ -143,14 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(*(json.loads((folder / f"{name}.json").read_text()) for name in ("quality", "time"))))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = minidit.load(args.model, device=device, dtype=torch.float32)
+    model, measured_with = minidit.load(args.model, device=device, dtype=torch.float32), origin(device)
     if args.what == "judge":
         name, rows = "quality", measure_quality(model, args.captions, args.batch)
     else:
         name, rows = "time", measure_time(model, args.rounds)
     folder.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python scripts/quality.py", *(argv or sys.argv[1:])])
-    result = {"command": command, **origin(device), "rows": rows}
+    result = {"command": command, **measured_with, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps([{k: v for k, v in row.items() if k != "wrong"} for row in rows], indent=2))
     return 0

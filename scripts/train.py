@@ -88,7 +88,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Objective(nn.Module):
-    """The loss of a batch, as one module for DistributedDataParallel and torch.compile."""
+    """The loss of a batch, as one module for DistributedDataParallel."""
 
     def __init__(self, model: DiT) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
     if args.compile:
-        for sublayer in run.model.sublayers:  # three kinds to compile, where the whole model would take minutes
+        for sublayer in run.model.sublayers:  # four kinds to compile, where the whole model would take minutes
             sublayer.compile()
     rest, pinned = range(run.step, args.steps), device.type == "cuda"
     scenes = Scenes(run.model, args, share)
@@ -261,6 +261,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
 
 def wanted_by_any(stop: bool, device: torch.device) -> bool:
+    """Whether a rank wants to stop: the same answer on all of them."""
     return mean_over_ranks(torch.tensor(float(stop), device=device), dist.get_world_size()) > 0
 
 
