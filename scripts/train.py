@@ -121,7 +121,8 @@ def initialise(model: DiT) -> None:
 def random_parts(args: argparse.Namespace, step: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
     """t (B,), noise and dropped captions (B,) of a step's whole batch, which every rank draws alike."""
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-    u = torch.rand(args.batch, generator=generator, device=device)
+    # one in each of `batch` equal parts of 0..1, so that no batch sees more of the noise than another
+    u = (torch.rand(args.batch, generator=generator, device=device) + torch.arange(args.batch, device=device)) / args.batch
     t = sampling.shifted(u, TINY.sampling.shift or 1.0).clamp(min=EARLIEST)
     noise = torch.randn(args.batch, *shape, generator=generator, device=device)
     return t, noise, torch.rand(args.batch, generator=generator, device=device) < DROPPED
