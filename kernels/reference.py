@@ -5,7 +5,7 @@ Letters: B batch, T frames, S places in a frame, L attended length, H heads, E c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,40 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+class Rope(NamedTuple):
+    """Rotary positions of the attended tokens: cosines and sines (L, E / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 def self_attention(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: tuple[Tensor, Tensor] | None, axis: Axis
+    qkv: Tensor,
+    heads: int,
+    norm: tuple[Tensor, Tensor] | None,
+    rope: Rope | None,
+    axis: Axis,
+    *,
+    rope_first: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention over the places of a frame, or over the frames of a place.
 
-    qkv: (B, T, S, 3 * H * E), packed [q | k | v]; q_weight, k_weight: (E,) of the RMSNorm of queries and keys;
-    rope: cosines and sines (L, E / 2), applied after the norm -> (B, T, S, H * E).
+    qkv: (B, T, S, 3 * H * E), packed [q | k | v]; norm: weights (E,) of the RMSNorm of queries and of keys; rope is
+    applied after the norm, or first; bias: added to the scores of a key, (B, T, S), for "spatial"
+    -> (B, T, S, H * E).
     """
-    b, e = qkv.shape[0], q_weight.shape[0]
+    b = qkv.shape[0]
     fold = "b t s (three h e) -> three (b t) h s e" if axis == "spatial" else "b t s (three h e) -> three (b s) h t e"
-    q, k, v = rearrange(qkv, fold, three=3, e=e)
-    q, k = rms_norm(q, q_weight), rms_norm(k, k_weight)
-    if rope is not None:
+    q, k, v = rearrange(qkv, fold, three=3, h=heads)
+    if rope is not None and rope_first:
         q, k = rotate(q, *rope), rotate(k, *rope)
-    x = F.scaled_dot_product_attention(q, k, v)
+    if norm is not None:
+        q, k = rms_norm(q, norm[0]), rms_norm(k, norm[1])
+    if rope is not None and not rope_first:
+        q, k = rotate(q, *rope), rotate(k, *rope)
+    scores = None if bias is None else rearrange(bias, "b t s -> (b t) 1 1 s").to(q.dtype)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
     return rearrange(x, "(b t) h s e -> b t s (h e)" if axis == "spatial" else "(b s) h t e -> b t s (h e)", b=b)
 
 

@@ -16,11 +16,12 @@ from minidit.broadcast import (
 )
 from minidit.cache import Cache
 from minidit.checkpoint import load, save
-from minidit.config import PRESETS, ModelConfig
+from minidit.config import ModelConfig
 from minidit.cost import cost
 from minidit.metrics import psnr, ssim
 from minidit.model import DiT
 from minidit.pipeline import Report, generate
+from minidit.presets import PRESETS
 from minidit.sampling import sample
 from minidit.video import load_video, save_video
 

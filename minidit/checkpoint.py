@@ -1,42 +1,54 @@
-"""A model as a folder: config.json and model.safetensors."""
+"""A model as a folder: config.json and model.safetensors, or several such files and their index."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from minidit import tensors
 from minidit.config import ModelConfig
 from minidit.model import DiT
 
 EMBEDDED = {"tiny": Path(__file__).parent / "weights" / "tiny"}  # models that come with the package
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", f"model{tensors.SAFE}", f"model{tensors.INDEX}"
+LAYOUT = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")  # what `save` writes
 
 
-def _folder(name_or_folder: str | Path, *names: str) -> Path:
-    """The model's folder, which has files of these names. Raises FileNotFoundError."""
-    folder = EMBEDDED.get(str(name_or_folder), Path(name_or_folder))
-    for name in (CONFIG, *names):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} does not exist: give a folder with {CONFIG} and {WEIGHTS}, or {', '.join(EMBEDDED)}"
-            )
-    return folder
+def folder_of(name_or_folder: str | Path) -> Path:
+    return EMBEDDED.get(str(name_or_folder), Path(name_or_folder))
 
 
 def load_config(name_or_folder: str | Path = "tiny") -> ModelConfig:
     """What `load` would build, from config.json alone. Raises FileNotFoundError or ValueError, saying what is wrong."""
-    folder = _folder(name_or_folder)
+    return read_config(_existing(folder_of(name_or_folder) / CONFIG))
+
+
+def read_config(path: Path) -> ModelConfig:
     try:
-        return ModelConfig.from_json(json.loads((folder / CONFIG).read_text()))
+        return ModelConfig.from_json(json.loads(path.read_text()))
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
+
+
+def weights(folder: Path) -> Path:
+    """The file of the model's tensors, or the index of the files. Raises FileNotFoundError or ValueError."""
+    if not (folder / INDEX).is_file():
+        return _existing(folder / WEIGHTS)
+    if (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds a {WEIGHTS} and a {INDEX}: remove the one that is not the model's")
+    return folder / INDEX
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: give a folder with {CONFIG} and {WEIGHTS}, or {', '.join(EMBEDDED)}"
+        )
+    return path
 
 
 def load(
@@ -44,48 +56,46 @@ def load(
 ) -> DiT:
     """A model in eval mode, from the name of an embedded one or a folder. dtype None: float32 on a CPU, else bfloat16.
 
-    Raises FileNotFoundError or ValueError, saying what is missing or does not fit; loads all of it or nothing.
+    On a CPU, tensors of that dtype stay in the file until they are used. Raises FileNotFoundError or ValueError,
+    saying what is missing or does not fit; loads all of it or nothing.
     """
-    folder, device = _folder(name_or_folder, WEIGHTS), torch.device(device)
-    config = load_config(folder)
+    device = torch.device(device)
+    config, path = load_config(name_or_folder), weights(folder_of(name_or_folder))
     with torch.device("meta"):
         model = DiT(config)
+    stored = tensors.read(path, device=device)
+    if wrong := tensors.told(tensors.misfits(model.state_dict(), stored.meta)):
+        raise ValueError(f"{path} does not fit {CONFIG}, tensors are wrong: {wrong}")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     # buffers keep their dtype: frequencies in bfloat16 would turn late frames by wrong angles
     dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
-    try:
-        with safe_open(folder / WEIGHTS, "pt", device=str(device)) as file:
-            names = list(file.keys())
-            if misfits := _misfits(model.state_dict(), {name: file.get_slice(name).get_shape() for name in names}):
-                raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}, tensors are wrong: {misfits}")
-            tensors = {name: file.get_tensor(name).to(dtypes.get(name, dtype)) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
-    model.load_state_dict(tensors, assign=True)
+    state = {name: tensor.to(dtypes.get(name, dtype)) for name, tensor in stored.tensors.items()}
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -> str:
-    """The number and the first of the tensors that are missing, unknown or of another shape; '' if there are none."""
-    wrong = {name: list(tensor.shape) for name, tensor in expected.items() if list(tensor.shape) != found.get(name)}
-    kinds = {
-        "missing": [name for name in wrong if name not in found],
-        "unknown": [name for name in found if name not in expected],
-        "misshapen": [f"{name} {found[name]} instead of {shape}" for name, shape in wrong.items() if name in found],
-    }
-    return "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in kinds.items() if names)
+def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None, limit: int = tensors.LIMIT) -> None:
+    """Write the model's folder, its parameters in dtype (None: as they are), in files of at most limit bytes.
 
-
-def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the model's folder, its parameters in dtype (None: as they are). A save that fails leaves the old model."""
+    A save that fails leaves the old model.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = {name for name, _ in model.named_parameters()}
-    tensors = {
-        name: (tensor.to(dtype) if dtype and name in parameters else tensor).cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+    state, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
+    meta = {
+        name: torch.empty_like(tensor, dtype=None if name in buffers else dtype, device="meta")
+        for name, tensor in state.items()
     }
-    save_file(tensors, folder / f".{WEIGHTS}", metadata={"format": "pt"})
-    (folder / f".{CONFIG}").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / f".{name}", folder / name)
+    with tensors.scratch(folder / "model") as new:
+        tensors.write(new, state, meta, limit=limit)
+        write_config(new, model.config)
+        written = sorted(path.name for path in new.iterdir())
+        old = [path for path in folder.glob("model*") if LAYOUT.fullmatch(path.name) and path.name not in written]
+        for name in written:
+            os.replace(new / name, folder / name)
+    for path in old:
+        path.unlink()
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The `minidit` command: make a video of a caption, or show what a recipe would do."""
+"""The `minidit` command: make a video of a caption, show what a recipe would do, convert a published checkpoint."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from tqdm import tqdm
 
 from minidit import checkpoint, metrics, pipeline
 from minidit.broadcast import RECIPES, Act, Pyramid
-from minidit.config import PRESETS, Sampling
+from minidit.config import Sampling
 from minidit.model import DiT
 from minidit.pipeline import Report, readable
+from minidit.presets import PRESETS
 from minidit.sampling import Step
 from minidit.video import WATCHABLE, check_output, save_video, side_by_side
+from minidit.weights.convert import prepare
+from minidit.weights.source import ENDINGS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EXTRAS = {"matplotlib": "plots"}  # as in pyproject.toml: packages that only a part of minidit needs
+# as in pyproject.toml: packages that only a part of minidit needs
+EXTRAS = {"diffusers": "hub", "huggingface_hub": "hub", "matplotlib": "plots"}
 MOST = 100_000  # steps or frames: a slip of the finger should not fill the memory with a table
 LONGEST = 8000  # pixels of a side: twice that, of two videos side by side, fits into every kind of file
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}"
@@ -39,6 +43,12 @@ PLAN = """\
 examples:
   minidit plan --model opensora-1.2 --size 480x854 --frames 51
   minidit plan --pyramid mine.json --steps 50 --json -
+"""
+CONVERT = """\
+examples:
+  minidit convert hpcai-tech/OpenSora-STDiT-v3 opensora-1.2 --dtype bfloat16 --verify
+  minidit convert ucf101.pt latte --dry-run
+  minidit convert opensora-1.2 published --inverse
 """
 PYRAMIDS = f"""
 pyramids:
@@ -117,13 +127,26 @@ def parser() -> Parser:
     add_run(show)
     show.add_argument("--dtype", choices=tuple(DTYPES), help="as generate would here; of opensora-1.2, bfloat16")
     show.add_argument("--json", metavar="FILE", help="write the plan there, too; -: print it, and nothing else")
+
+    about = "turn a published checkpoint into a folder for --model"
+    turn = commands.add_parser("convert", help=about, description=about, epilog=CONVERT, formatter_class=raw)
+    turn.set_defaults(command=convert)
+    turn.add_argument("source", metavar="SOURCE", help=f"a file ({', '.join(ENDINGS)}), a folder of one, or org/name")
+    turn.add_argument("out", metavar="OUT", help="the folder to write")
+    turn.add_argument("--model", metavar="NAME", help="whose key map, if names and shapes do not tell")
+    turn.add_argument("--config", metavar="FILE", help="a config.json of another shape for the map of --model")
+    turn.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the parameters; else as stored")
+    turn.add_argument("--verify", action="store_true", help="read all that was written again, and compare it")
+    turn.add_argument("--dry-run", action="store_true", help="find and check everything, and write nothing")
+    turn.add_argument("--inverse", action="store_true", help="SOURCE is such a folder: back to the published names")
     return top
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
     """The options of a run. All but the pyramid are as the model was trained unless they are given."""
     command.add_argument("--pyramid", default="pab-246", help="what is reused when, see below (%(default)s)")
-    command.add_argument("--steps", type=whole(1, MOST), metavar="N", help="of the sampler, a model call each")
+    steps = "of the sampler, a model call each; of pndm, 9 calls more"
+    command.add_argument("--steps", type=whole(1, MOST), metavar="N", help=steps)
     command.add_argument("--guidance", type=number(-100, 100), metavar="G", help="the caption's weight; 1: no guidance")
     command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video")
     command.add_argument("--size", type=size, metavar="HxW", help="pixels, the height first; or N for a square")
@@ -175,13 +198,16 @@ def read_pyramid(name: str) -> Pyramid | None:
 
 def generate(args: argparse.Namespace) -> None:
     model, pyramid, options = checked(args)
-    asked = pipeline.asked(model.config, **options).sampling
+    config = pipeline.asked(model.config, **options)
+    sampler, _ = pipeline.schedule(config, model.dtype)
+    asked, calls = config.sampling, len(sampler.timesteps)
     options |= {"seed": args.seed, "two_calls": args.two_calls}
     if args.compare:
         # the first model call of a process takes longer, and would be counted on one side
-        pipeline.generate(model, args.caption, **{**options, "steps": 1})
-        plain, before = run(model, args.caption, None, asked.steps, options)
-    video, report = run(model, args.caption, pyramid, asked.steps, options)
+        # four steps, because pndm has no fewer
+        pipeline.generate(model, args.caption, **{**options, "steps": min(asked.steps, 4)})
+        plain, before = run(model, args.caption, None, calls, options)
+    video, report = run(model, args.caption, pyramid, calls, options)
     text, shown = str(report), [clip(asked)]
     if args.compare:
         text += compared(plain, before, video, report)
@@ -257,6 +283,31 @@ def plan(args: argparse.Namespace) -> None:
     print(report)
     if args.json:
         print(f"\nwrote {args.json}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    job = prepare(
+        args.source,
+        args.out,
+        model=args.model,
+        config=checkpoint.read_config(Path(args.config)) if args.config else None,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        back=args.inverse,
+    )
+    if not args.dry_run:
+        total = job.work(verify=args.verify)
+        with tqdm(total=total, desc=args.out, unit_scale=True, bar_format=BAR, dynamic_ncols=True, leave=False) as bar:
+            job.run(verify=args.verify, advance=bar.update)
+    print(f"{job.model}: {len(job.stored.meta)} tensors of {args.source}, {readable(job.stored.nbytes, 1000)}B")
+    if job.stored.container:
+        print(f"taken out of {job.stored.container}, without {', '.join(job.stored.ignored) or 'anything beside it'}")
+    if job.prefix:
+        print(f"{job.prefix} taken off all names")
+    for name, why in job.dropped.items():
+        print(f"dropped {name}: {why}")
+    verb = "would write" if args.dry_run else "wrote and verified" if args.verify else "wrote"
+    for name, size in job.files.items():
+        print(f"{verb} {Path(args.out) / name}, {readable(size, 1000)}B")
 
 
 def clip(run: Sampling) -> str:

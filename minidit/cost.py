@@ -28,17 +28,23 @@ def cost(config: ModelConfig, *, batch: int, latent: tuple[int, int, int], capti
     """latent: (T, H, W); caption_length: tokens, the padded ones among them; itemsize: bytes of a number."""
     frames, places = config.tokens(latent)
     n, d, length, patch = batch * frames * places, config.dim, caption_length, prod(config.patch)
+    modulated = 0 if config.modulation == "shared" else 2 * batch * d * 3 * d  # by a linear layer of the sublayer's own
 
     def attention(attended: int) -> int:
         return 4 * n * attended * d  # queries x keys, then weights x values
 
+    def number(width: int) -> int:
+        return 2 * batch * (SINUSOID_DIM * width + width * width)  # a ScalarEmbed
+
     parts: dict[Part, int] = {
-        "spatial": 2 * n * d * 4 * d + attention(places),
-        "temporal": 2 * n * d * 4 * d + attention(frames),
+        "spatial": 2 * n * d * 4 * d + attention(places) + modulated,
+        "temporal": 2 * n * d * 4 * d + attention(frames) + modulated,
         "cross": 2 * n * d * 2 * d + attention(length),
-        "mlp": 2 * n * d * 2 * config.mlp_dim,
+        "mlp": 2 * n * d * 2 * config.mlp_dim + modulated,
     }
-    number = 2 * batch * (SINUSOID_DIM * d + d * d)  # a ScalarEmbed
+    rows = {"shared": 9 if config.told == "size" else 6, "block": 2}[config.modulation]  # block: of the final layer
     patches = 2 * n * d * patch * (config.in_channels + config.out_channels)
-    text = 2 * batch * length * (config.caption_dim * d + d * d + 2 * config.depth * 2 * d * d)
-    return Cost(parts, number + 2 * batch * d * 6 * d + patches, number + text, n * d * itemsize)
+    told = {"time": 0, "class": 0, "fps": number(d), "size": 2 * number(d) + 3 * number(d // 3)}[config.told]
+    crosses = sum(site.part == "cross" for site in config.sites)
+    text = 2 * batch * length * (config.caption_dim * d + d * d + crosses * 2 * d * d) if config.caption_dim else 0
+    return Cost(parts, number(d) + 2 * batch * d * rows * d + patches, told + text, n * d * itemsize)

@@ -12,23 +12,20 @@ from torch import Tensor, nn
 SINUSOID_DIM = 256  # channels of an embedded number, before its two linears
 
 
-def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """x: (B, C, T, H, W) latents -> (B, T, S, C * patch) tokens, row by row; H and W are zero-padded at their ends."""
-    _, ph, pw = patch
-    x = F.pad(x, (0, -x.shape[4] % pw, 0, -x.shape[3] % ph))
+def patchify(x: Tensor, patch: tuple[int, int, int], grid: tuple[int, int]) -> Tensor:
+    """x: (B, C, T, H, W) latents -> (B, T, S, C * patch) tokens, row by row of the grid of patches.
+
+    H and W are zero-padded or cut at their ends to what the grid holds.
+    """
+    (_, ph, pw), (rows, columns) = patch, grid
+    x = F.pad(x, (0, columns * pw - x.shape[4], 0, rows * ph - x.shape[3]))
     return rearrange(x, "b c t (h ph) (w pw) -> b t (h w) (c ph pw)", ph=ph, pw=pw)
 
 
-def unpatchify(x: Tensor, patch: tuple[int, int, int], height: int, width: int) -> Tensor:
-    """x: (B, T, S, patch * C), the channel fastest -> (B, C, T, height, width), cropped to what patchify was given."""
+def unpatchify(x: Tensor, patch: tuple[int, int, int], grid: tuple[int, int]) -> Tensor:
+    """x: (B, T, S, patch * C), the channel fastest -> (B, C, T, H, W), all that the grid holds."""
     _, ph, pw = patch
-    x = rearrange(x, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=grid(height, ph), ph=ph, pw=pw)
-    return x[..., :height, :width]
-
-
-def grid(size: int, patch: int) -> int:
-    """Patches along an axis of that many latents."""
-    return -(-size // patch)
+    return rearrange(x, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=grid[0], ph=ph, pw=pw)
 
 
 def positions(rows: int, columns: int, dim: int, *, scale: float, base: int | None) -> Tensor:
@@ -46,6 +43,11 @@ def positions(rows: int, columns: int, dim: int, *, scale: float, base: int | No
     column = axis(columns).expand(rows, columns, -1)
     row = axis(rows)[:, None].expand(rows, columns, -1)
     return torch.cat((column, row), -1).flatten(0, 1)
+
+
+def moments(frames: int, dim: int, pace: float) -> Tensor:
+    """Sin-cos table of the frames: (T, dim) float32, a position every `pace` frames."""
+    return sin_cos(torch.arange(frames, dtype=torch.float32) / pace, dim)
 
 
 def sin_cos(position: Tensor, dim: int) -> Tensor:

@@ -1,40 +1,48 @@
-"""The three things a sublayer may do to the tokens, and the sublayer itself: x + gate * f(modulate(norm(x))).
-
-Each f has a `prepare(text, lengths, rope)`: what it needs beside the tokens, the same at every call of a run.
-"""
+"""The three things a sublayer may do to the tokens, and the sublayer itself: x + gate * f(modulate(norm(x)))."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidit.config import ModelConfig
 from minidit.kernels import reference as ops
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines (T, E / 2)
 Caption = tuple[Tensor, Tensor | None]  # keys and values (B, L, 2, H, E), lengths (B,)
+
+
+class Around(NamedTuple):
+    """What self-attention needs beside the tokens: None where it does not."""
+
+    rope: ops.Rope | None = None  # temporal: the frames' rotary positions
+    table: Tensor | None = None  # temporal: the frames' positions (T, D), for what attention sees alone
+    bias: Tensor | None = None  # spatial: (B, T, S), added to the scores of keys
 
 
 class SelfAttention(nn.Module):
     """Attention within a frame (axis "spatial") or along a place's frames ("temporal"), QK-RMSNorm, RoPE."""
 
-    def __init__(self, dim: int, heads: int, axis: ops.Axis) -> None:
+    def __init__(self, config: ModelConfig, axis: ops.Axis) -> None:
         super().__init__()
-        self.axis = axis
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.Parameter(torch.ones(dim // heads))
-        self.k_norm = nn.Parameter(torch.ones(dim // heads))
-        self.proj = nn.Linear(dim, dim)
+        self.heads, self.axis = config.heads, axis
+        self.rope_first = config.positions.time == "rope-before-norm"
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm else None
+        self.proj = nn.Linear(config.dim, config.dim)
 
-    def prepare(self, text: Tensor, lengths: Tensor | None, rope: Rope) -> Rope | None:
-        """Frames have an order, places have had their positions added."""
-        return rope if self.axis == "temporal" else None
-
-    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+    def forward(self, x: Tensor, around: Around) -> Tensor:
         """x: (B, T, S, D) -> (B, T, S, D)."""
-        return self.proj(ops.self_attention(self.qkv(x), self.q_norm, self.k_norm, rope, self.axis))
+        if around.table is not None:
+            x = x + around.table[:, None]
+        norm = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        x = ops.self_attention(
+            self.qkv(x), self.heads, norm, around.rope, self.axis, rope_first=self.rope_first, bias=around.bias
+        )
+        return self.proj(x)
 
 
 class CrossAttention(nn.Module):
@@ -47,8 +55,8 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def prepare(self, text: Tensor, lengths: Tensor | None, rope: Rope) -> Caption:
-        """text: (B, L, D) -> packed keys and values (B, L, 2, H, E), and the lengths (B,)."""
+    def prepare(self, text: Tensor, lengths: Tensor | None) -> Caption:
+        """text: (B, L, D) -> packed keys and values (B, L, 2, H, E), the same at every call of a run; and lengths."""
         return self.kv(text).unflatten(-1, (2, self.heads, -1)), lengths
 
     def forward(self, x: Tensor, caption: Caption) -> Tensor:
@@ -64,9 +72,6 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, out)
 
-    def prepare(self, text: Tensor, lengths: Tensor | None, rope: Rope) -> None:
-        """Nothing but the tokens."""
-
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         """x: (..., dim) -> (..., out)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -75,29 +80,51 @@ class Mlp(nn.Module):
 class Sublayer(nn.Module):
     """One site of the model: x -> (x + update, update).
 
-    With a table, update = gate * f(norm(x) * (1 + scale) + shift); shift, scale and gate are the sublayer's own table
-    plus what the timestep asks for. Without, update = f(x): cross-attention has neither norm nor gate.
+    With rows (shift, scale, gate), update = gate * f(norm(x) * (1 + scale) + shift); normed False leaves out norm,
+    shift and scale, as Open-Sora 1.0's temporal attention does. Without rows, update = f(x): cross-attention.
+
+    What the time asks for becomes rows by what the sublayer has: a table (3, D) that is added to it, a linear layer
+    that makes them of it, or neither, where the rows are those of another sublayer.
     """
 
-    def __init__(self, f: SelfAttention | CrossAttention | Mlp, dim: int, *, modulated: bool) -> None:
-        super().__init__()
-        self.f = f
-        self.table = nn.Parameter(torch.randn(3, dim) / dim**0.5) if modulated else None
+    table: Tensor | None
 
-    def forward(self, x: Tensor, modulation: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """x: (B, T, S, D); modulation: (B, T or 1, 3, D); context: what f.prepare returned."""
-        if self.table is None:
+    def __init__(
+        self,
+        f: SelfAttention | CrossAttention | Mlp,
+        dim: int,
+        rows: Literal["table", "linear"] | None,
+        *,
+        normed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.f, self.normed = f, normed
+        self.table = nn.Parameter(torch.randn(3, dim) / dim**0.5) if rows == "table" else None
+        self.linear = nn.Linear(dim, 3 * dim) if rows == "linear" else None
+
+    def rows(self, modulation: Tensor) -> Tensor:
+        """modulation: (B, T or 1, 3, D), or (B, T or 1, D) for a linear layer -> (B, T or 1, 3, D)."""
+        if self.linear is not None:
+            return self.linear(modulation).unflatten(-1, (3, -1))
+        assert self.table is not None
+        return self.table + modulation
+
+    def forward(self, x: Tensor, rows: Tensor | None, context: Any) -> tuple[Tensor, Tensor]:
+        """x: (B, T, S, D); rows: (B, T or 1, 3, D) shift, scale, gate; context: what f needs beside the tokens."""
+        if rows is None:
             return ops.gated_residual(x, self.f(x, context), None)
-        shift, scale, gate = (self.table + modulation)[:, :, :, None].unbind(2)  # each (B, T or 1, 1, D)
-        return ops.gated_residual(x, self.f(ops.norm_modulate(x, shift, scale), context), gate)
+        shift, scale, gate = rows[:, :, :, None].unbind(2)  # each (B, T or 1, 1, D)
+        z = ops.norm_modulate(x, shift, scale) if self.normed else x
+        return ops.gated_residual(x, self.f(z, context), gate)
 
 
 class Final(nn.Module):
     """Norm, modulation by the time alone, and the linear that makes the channels of a patch."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, rows: Literal["table", "linear"]) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.table = nn.Parameter(torch.randn(2, dim) / dim**0.5) if rows == "table" else None
+        self.modulation = nn.Linear(dim, 2 * dim) if rows == "linear" else None
         self.linear = nn.Linear(dim, out)
 
     def forward(self, x: Tensor, time: Tensor, clean: Tensor | None, frame_mask: Tensor | None) -> Tensor:
@@ -110,5 +137,10 @@ class Final(nn.Module):
         return self.linear(z)
 
     def _modulate(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale = (self.table + time[:, None])[:, :, None, None].unbind(1)
+        if self.modulation is not None:
+            rows = self.modulation(F.silu(time)).unflatten(-1, (2, -1))  # (B, 2, D)
+        else:
+            assert self.table is not None
+            rows = self.table + time[:, None]
+        shift, scale = rows[:, :, None, None].unbind(1)
         return ops.norm_modulate(x, shift, scale)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidit import sampling
+from minidit import samplers, sampling
 from minidit.broadcast import PAB_246, PARTS, Act, Plan, Pyramid, plan
 from minidit.caption import CaptionEncoder
 from minidit.config import ModelConfig
 from minidit.cost import Cost, cost
 from minidit.model import DiT
+from minidit.samplers import Sampler
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,18 @@ def asked(config: ModelConfig, **changes: Any) -> ModelConfig:
     return replace(config, sampling=replace(config.sampling, **given))
 
 
-def schedule(config: ModelConfig, dtype: torch.dtype) -> tuple[list[float], tuple[int, int, int]]:
-    """The times of a run's model calls, and the size (T, H, W) of its latents."""
+def schedule(config: ModelConfig, dtype: torch.dtype) -> tuple[Sampler, tuple[int, int, int]]:
+    """The sampler of a run, and the size (T, H, W) of its latents."""
     run = config.sampling
-    shift = run.shift or sampling.opensora_shift(run.height, run.width, run.frames, dtype)
-    return sampling.timesteps(run.steps, shift), run.latent_size(run.frames, run.height, run.width)
+    return samplers.sampler(run, dtype), run.latent_size(run.frames, run.height, run.width)
 
 
 def predict(
     config: ModelConfig, dtype: torch.dtype, pyramid: Pyramid | None = PAB_246, *, captions: int = 1
 ) -> Prediction:
     """What a run of config.sampling will do and cost, from sizes alone: nothing is built, nothing runs."""
-    times, latent = schedule(config, dtype)
-    table = plan(pyramid, sampling.seen(times, dtype), config.sites)
+    sampler, latent = schedule(config, dtype)
+    table = plan(pyramid, samplers.planned(sampler, config, dtype), config.sites)
     price = cost(
         config,
         batch=captions * (1 if config.sampling.guidance == 1 else 2),
@@ -135,10 +135,10 @@ def generate(
     device and in every batch. Raises ValueError for words the model does not know and sizes it cannot have.
     """
     batch = [captions] if isinstance(captions, str) else list(captions)
-    tokens, device = encoder(model).tokenize(batch), model.null_caption.device
+    tokens, device = encoder(model).tokenize(batch), model.patch.weight.device
     config = asked(model.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
     expected = predict(config, model.dtype, pyramid, captions=len(batch))
-    times, latent = schedule(config, model.dtype)
+    sampler, latent = schedule(config, model.dtype)
     start, peak = time.perf_counter(), 0
 
     def watch(step: sampling.Step) -> None:
@@ -156,7 +156,7 @@ def generate(
         text,
         lengths,
         plan=expected.plan,
-        times=times,
+        sampler=sampler,
         guidance=config.sampling.guidance,
         height=config.sampling.height,
         width=config.sampling.width,

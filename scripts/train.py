@@ -33,24 +33,35 @@ from torch.utils.data import DataLoader, Dataset
 
 import judge
 import shapes
-from minidit import checkpoint, sampling, video
-from minidit.config import CaptionConfig, ModelConfig, Sampling
+from minidit import checkpoint, samplers, video
+from minidit.config import CaptionConfig, ModelConfig, Positions, Sampling
 from minidit.model import DiT
 from minidit.pipeline import generate
 
 TINY = ModelConfig(
     depth=3,
+    blocks=(("spatial", "cross", "mlp"), ("temporal", "cross", "mlp")),
     dim=288,
     heads=4,  # of 72 channels, as in STDiT3-XL/2
     mlp_ratio=2.0,
     patch=(1, 8, 8),
+    odd="pad",
     in_channels=3,
     out_channels=3,
+    qk_norm=True,
+    modulation="shared",
+    bare_temporal=False,
+    told="fps",
+    classes=None,
+    positions=Positions(space="area", base=shapes.SIZE, scale=1.0, time="rope-after-norm", pace=1.0, frames=None),
     caption_dim=128,
     caption_length=24,
-    base_size=shapes.SIZE,
+    null_caption=True,
+    rounds_time=True,
     sampling=Sampling(
+        method="rectified-flow",
         prediction="sample",
+        guided=3,
         shift=10.0,  # place and motion are decided where a frame of large flat shapes is nearly all noise
         steps=30,
         guidance=3.0,
@@ -103,8 +114,8 @@ class Objective(nn.Module):
         z = torch.lerp(data, noise, wide)
         latent, fps = (data.shape[2], data.shape[3], data.shape[4]), torch.full_like(t, defaults.fps)
         cond = model.prepare(text, lengths, latent=latent, height=defaults.height, width=defaults.width, fps=fps)
-        output = model(z, t * sampling.NUM_TIMESTEPS, cond)
-        flow = sampling.velocity(output, z, wide * sampling.NUM_TIMESTEPS, model.config)
+        output = model(z, t * samplers.NUM_TIMESTEPS, cond)
+        flow = samplers.velocity(output, z, wide * samplers.NUM_TIMESTEPS, "sample")
         return (flow - (data - noise)).square().mean()
 
 
@@ -122,8 +133,9 @@ def random_parts(args: argparse.Namespace, step: int, shape: Sequence[int], devi
     """t (B,), noise and dropped captions (B,) of a step's whole batch, which every rank draws alike."""
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
     # one in each of `batch` equal parts of 0..1, so that no batch sees more of the noise than another
-    u = (torch.rand(args.batch, generator=generator, device=device) + torch.arange(args.batch, device=device)) / args.batch
-    t = sampling.shifted(u, TINY.sampling.shift or 1.0).clamp(min=EARLIEST)
+    u = torch.rand(args.batch, generator=generator, device=device)
+    u = (u + torch.arange(args.batch, device=device)) / args.batch
+    t = samplers.shifted(u, TINY.sampling.shift or 1.0).clamp(min=EARLIEST)
     noise = torch.randn(args.batch, *shape, generator=generator, device=device)
     return t, noise, torch.rand(args.batch, generator=generator, device=device) < DROPPED
 

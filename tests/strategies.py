@@ -7,9 +7,8 @@ import torch
 from hypothesis import strategies as st
 
 from minidit.broadcast import PARTS, Act, Broadcast, Plan, Pyramid, Site, TimestepTable, Window, plan
-from minidit.config import PRESETS
-from minidit.sampling import seen
-from minidit.sampling import timesteps as rectified_flow
+from minidit.presets import PRESETS
+from minidit.samplers import RectifiedFlow, seen
 
 # Diffusion times. Two draws are often equal, so that a time falls on the end of a window or on the start of a table.
 times = st.integers(0, 20).map(lambda n: 50.0 * n) | st.integers(0, 1000) | st.floats(0, 1000)
@@ -18,7 +17,7 @@ times = st.integers(0, 20).map(lambda n: 50.0 * n) | st.integers(0, 1000) | st.f
 # run of rectified flow, unevenly spaced by the shift and, in bfloat16, equal where rounding makes them so.
 uneven_runs = st.lists(times, max_size=24).map(lambda run: tuple(sorted(run, reverse=True)))
 rectified_flow_runs = st.builds(
-    lambda steps, shift, dtype: tuple(seen(rectified_flow(steps, shift), dtype)),
+    lambda steps, shift, dtype: tuple(seen(RectifiedFlow(steps, shift, "velocity").timesteps, dtype)),
     st.integers(1, 40),
     st.floats(0.25, 20),
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),

@@ -34,8 +34,8 @@ from minidit.broadcast import (
     Window,
     plan,
 )
-from minidit.config import PRESETS
-from minidit.sampling import opensora_shift, seen, timesteps
+from minidit.presets import PRESETS
+from minidit.samplers import RectifiedFlow, opensora_shift, seen
 from strategies import (
     broadcasts,
     fraction_windows,
@@ -78,7 +78,7 @@ def computed(rule, run):
 def open_sora_run(height, width, frames, steps=30):
     """The timesteps of Open-Sora 1.2, as its bfloat16 model sees them."""
     shift = opensora_shift(height, width, frames, torch.bfloat16)
-    return seen(timesteps(steps, shift), torch.bfloat16)
+    return seen(RectifiedFlow(steps, shift, "velocity").timesteps, torch.bfloat16)
 
 
 OPEN_SORA_480P = open_sora_run(480, 854, 51)
@@ -395,7 +395,7 @@ def test_the_originals_counters_decide_the_same_in_run_after_run(rule, run):
 @given(st.builds(Broadcast, st.integers(1, 12), whole_windows.filter(lambda window: window.lo >= 128)), st.data())
 def test_they_do_so_for_timesteps_in_bfloat16_which_are_whole_from_128_on(rule, data):
     steps, shift = data.draw(st.integers(1, 60)), data.draw(st.floats(0.25, 20))
-    run = seen(timesteps(steps, shift), torch.bfloat16)
+    run = seen(RectifiedFlow(steps, shift, "velocity").timesteps, torch.bfloat16)
     original = OriginalCounter(rule, steps=len(run))
     assert [original.broadcasts(t) for t in run] == reused(rule, run)
 

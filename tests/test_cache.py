@@ -18,13 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidit import sampling
+from minidit import samplers, sampling
 from minidit.broadcast import PARTS, Act, Broadcast, Pyramid, Site, TimestepTable, Window, plan
 from minidit.cache import Cache
-from minidit.config import PRESETS
 from minidit.cost import cost
 from minidit.kernels import reference
 from minidit.model import DiT
+from minidit.presets import PRESETS
 from strategies import blocks, windows
 
 BASE = PRESETS["opensora-1.2"]
@@ -38,7 +38,7 @@ TINY = replace(
     out_channels=3,
     caption_dim=6,
     caption_length=4,
-    base_size=32,
+    positions=replace(BASE.positions, base=32),
     sampling=replace(BASE.sampling, shift=1.0),
 )
 ALWAYS = Window(-1, 1001)
@@ -72,11 +72,11 @@ class Run:
     two_calls: bool = False
 
     @property
-    def times(self):
-        return sampling.timesteps(self.steps, 1.0)
+    def sampler(self):
+        return samplers.RectifiedFlow(self.steps, 1.0, "velocity")
 
     def plan(self, model):
-        return plan(self.pyramid, sampling.seen(self.times, model.dtype), model.sites)
+        return plan(self.pyramid, samplers.seen(self.sampler.timesteps, model.dtype), model.sites)
 
     def tensors(self, config):
         """Noise, captions, and their lengths."""
@@ -95,7 +95,7 @@ def video(model, run, on_step=None):
         text.to(model.dtype),
         lengths,
         plan=run.plan(model),
-        times=run.times,
+        sampler=run.sampler,
         guidance=run.guidance,
         two_calls=run.two_calls,
         on_step=on_step,
@@ -531,14 +531,14 @@ def test_a_run_of_other_times_than_the_plans_is_refused():
     z, text, _ = run.tensors(TINY)
     args = {"guidance": 1.0, "height": 32, "width": 32, "fps": 8}
     with pytest.raises(ValueError, match="the plan's 6 timesteps are not the run's 5"):
-        sampling.sample(model, z, text, plan=run.plan(model), times=sampling.timesteps(5, 1.0), **args)
+        sampling.sample(model, z, text, plan=run.plan(model), sampler=replace(run, steps=5).sampler, **args)
 
 
 def test_so_is_one_of_times_that_the_models_dtype_rounds_otherwise():
     run = Run(steps=7)
     fine, rounded = model_of(TINY), model_of(TINY, torch.bfloat16)
     z, text, _ = run.tensors(TINY)
-    args = {"times": run.times, "guidance": 1.0, "height": 32, "width": 32, "fps": 8}
+    args = {"sampler": run.sampler, "guidance": 1.0, "height": 32, "width": 32, "fps": 8}
     with pytest.raises(ValueError, match="timesteps are not the run's .* as the model sees them"):
         sampling.sample(rounded, z, text.bfloat16(), plan=run.plan(fine), **args)
 
@@ -546,7 +546,7 @@ def test_so_is_one_of_times_that_the_models_dtype_rounds_otherwise():
 def test_and_one_of_a_plan_for_another_model():
     run = Run()
     z, text, _ = run.tensors(TINY)
-    args = {"times": run.times, "guidance": 1.0, "height": 32, "width": 32, "fps": 8}
+    args = {"sampler": run.sampler, "guidance": 1.0, "height": 32, "width": 32, "fps": 8}
     with pytest.raises(ValueError, match="plan is for a model of 12 sites, this one has 6"):
         sampling.sample(model_of(TINY), z, text, plan=run.plan(model_of(replace(TINY, depth=2))), **args)
 
@@ -620,10 +620,11 @@ class RunsInARow(RuleBasedStateMachine):
     def step(self):
         call, many = self.table[self.call], self.z.repeat(self.copies, 1, 1, 1, 1)
         outputs = [self.model(many, call.timestep, cond, call, cache) for cond, cache in self.halves]
-        t, then = ([*self.run.times, 0.0][self.call + i] for i in (0, 1))
-        guided = [sampling.velocity(x, self.z, t, TINY) for x in torch.cat(outputs).split(self.run.batch)]
-        velocity = guided[0] if self.run.guidance == 1 else sampling.guide(*guided, self.run.guidance)
-        self.z = self.z + velocity * ((t - then) / 1000)
+        t, then = ([*self.run.sampler.timesteps, 0.0][self.call + i] for i in (0, 1))
+        halves = torch.cat(outputs).split(self.run.batch)
+        guided = TINY.sampling.guided
+        output = halves[0] if self.run.guidance == 1 else sampling.guide(*halves, self.run.guidance, guided)
+        self.z = self.z + samplers.velocity(output, self.z, t, "velocity") * ((t - then) / 1000)
         held = self.table.held()[self.call][1] * self.update_bytes
         assert [cache.nbytes for _, cache in self.halves] == [held] * len(self.halves)
         self.call += 1

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidit.caption import PADDING, CaptionEncoder
-from minidit.config import PRESETS, CaptionConfig
+from minidit.config import CaptionConfig
+from minidit.presets import PRESETS
 
 WORDS = (",", "a", "blue", "circle", "moves", "red", "right", "square")
 CONFIG = replace(

@@ -3,14 +3,16 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minidit import checkpoint
+from minidit import tensors
 from minidit.checkpoint import load, save
-from minidit.config import PRESETS, CaptionConfig
+from minidit.config import CaptionConfig
 from minidit.model import DiT
+from minidit.presets import PRESETS
 
 CONFIG = replace(
     PRESETS["opensora-1.2"],
@@ -148,50 +150,114 @@ def test_a_file_of_something_else_is_named(folder):
     assert refusal(folder).startswith(f"{folder / 'model.safetensors'}: ")
 
 
-def test_missing_tensors_are_counted_and_the_first_is_named(folder):
+def test_missing_tensors_are_counted_and_named(folder):
     edit(folder, lambda tensors: [tensors.pop(name) for name in SOME])
     assert refusal(folder).endswith(
-        "model.safetensors does not fit config.json, tensors are wrong: 3 missing, first null_caption"
+        "model.safetensors does not fit config.json, tensors are wrong: "
+        "3 missing: 'null_caption' (6, 8), 'patch.bias' (16,), 'final.table' (2, 16)"
     )
 
 
-def test_unknown_tensors_are_counted_and_the_first_is_named(folder):
-    edit(folder, lambda tensors: tensors.update({f"extra.{i}": torch.zeros(1) for i in range(2)}))
-    assert refusal(folder).endswith("tensors are wrong: 2 unknown, first extra.0")
+def test_unknown_tensors_are_counted_and_the_first_ten_are_named(folder):
+    edit(folder, lambda tensors: tensors.update({f"extra.{i:02}": torch.zeros(1) for i in range(12)}))
+    names = ", ".join(f"'extra.{i:02}' (1,)" for i in range(10))
+    assert refusal(folder).endswith(f"tensors are wrong: 12 unknown: {names}, ...")
 
 
 def test_misshapen_tensors_are_named_with_both_shapes(folder):
     edit(folder, lambda tensors: tensors.update({"null_caption": torch.zeros(6, 9), "patch.bias": torch.zeros(1, 16)}))
-    assert refusal(folder).endswith("tensors are wrong: 2 misshapen, first null_caption [6, 9] instead of [6, 8]")
+    assert refusal(folder).endswith(
+        "tensors are wrong: 2 misshapen: 'null_caption' (6, 9) expected (6, 8), 'patch.bias' (1, 16) expected (16,)"
+    )
+
+
+def test_whole_numbers_are_no_weights(folder):
+    edit(folder, lambda tensors: tensors.update({"patch.bias": torch.zeros(16, dtype=torch.int64)}))
+    assert refusal(folder).endswith("tensors are wrong: 1 not of floating point: 'patch.bias' torch.int64")
 
 
 def test_all_that_is_wrong_with_the_tensors_is_one_line(folder):
     edit(folder, lambda tensors: tensors.update({"other": tensors.pop("patch.bias"), "final.table": torch.zeros(())}))
     assert refusal(folder).endswith(
-        "1 missing, first patch.bias; 1 unknown, first other; 1 misshapen, first final.table [] instead of [2, 16]"
+        "1 missing: 'patch.bias' (16,); 1 unknown: 'other' (16,); 1 misshapen: 'final.table' () expected (2, 16)"
     )
 
 
 def test_a_model_of_another_depth_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(replace(CONFIG, depth=2).to_json()))
-    assert re.search(r"tensors are wrong: \d+ missing, first blocks\.2\.", refusal(folder))
+    assert re.search(r"tensors are wrong: \d+ missing: 'blocks\.2\.", refusal(folder))
 
 
 # a save that fails
 
 
-@pytest.mark.parametrize(("owner", "name"), [(checkpoint, "save_file"), (Path, "write_text")])
-def test_a_save_that_fails_leaves_the_old_model(model, folder, monkeypatch, owner, name):
-    def fill_the_disk(*args, **kwargs):
-        path = next(arg for arg in args if isinstance(arg, Path))
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("owner", "name"), [(tensors, "write_file"), (Path, "write_text")])
+def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(model, folder, monkeypatch, owner, name, error):
+    def fill_the_disk(path, *args, **kwargs):
         path.write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise error
 
     other = DiT(replace(CONFIG, dim=32))
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fill_the_disk)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(type(error)):
             save(other, folder)
     assert equal(load(folder), model)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     save(other, folder)
     assert equal(load(folder), other)
+
+
+def test_numbers_that_float16_cannot_hold_are_refused_and_not_saved_as_infinite(model, tmp_path):
+    torch.nn.init.constant_(model.patch.bias, 1e5)
+    with pytest.raises(ValueError, match=r"'patch.bias' has numbers too large for float16: take bfloat16"):
+        save(model, tmp_path, dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+# in several files
+
+
+@pytest.fixture
+def sharded(model, tmp_path):
+    save(model, tmp_path / "sharded", limit=2000)
+    return tmp_path / "sharded"
+
+
+def test_a_large_model_is_several_files_and_comes_back_bit_for_bit(model, sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    shards = sorted({*index["weight_map"].values()})
+    assert len(shards) > 5
+    assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    assert sorted(path.name for path in sharded.iterdir()) == ["config.json", *shards, "model.safetensors.index.json"]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+    for shard in shards:
+        stored = load_file(sharded / shard)
+        assert len(stored) == 1 or sum(tensor.nbytes for tensor in stored.values()) <= 2000
+    assert equal(load(sharded), model)
+
+
+def test_saving_over_a_model_leaves_no_file_of_the_old_one(model, sharded):
+    (sharded / "README.md").write_text("a card")
+    save(model, sharded)
+    assert sorted(path.name for path in sharded.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    save(model, sharded, limit=2000)
+    assert not (sharded / "model.safetensors").exists() and equal(load(sharded), model)
+
+
+def test_two_layouts_in_one_folder_are_refused(model, sharded, folder):
+    (folder / "model.safetensors").rename(sharded / "model.safetensors")
+    assert refusal(sharded) == (
+        f"{sharded} holds a model.safetensors and a model.safetensors.index.json: "
+        "remove the one that is not the model's"
+    )
+
+
+def test_a_model_is_not_read_before_it_is_used(folder):
+    path = folder / "model.safetensors"
+    again = load(folder)
+    with path.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(np.float32(12345).tobytes())  # the last number of a file that is mapped and not copied
+    assert [tensor.flatten()[-1].item() for tensor in again.state_dict().values()].count(12345) == 1

@@ -6,20 +6,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 
-from minidit import checkpoint, cli, pipeline
+import convert_weights
+from families import FAMILIES
+from minidit import checkpoint, cli, pipeline, tensors
 from minidit.broadcast import PAB_246, RECIPES, Act, Plan, Pyramid
-from minidit.config import PRESETS, CaptionConfig, ModelConfig, Sampling
+from minidit.config import CaptionConfig, Method, Sampling
 from minidit.model import DiT
 from minidit.pipeline import predict, readable
+from minidit.presets import PRESETS
 from minidit.video import load_video
 
 CAPTION = "a red circle moves"
 SAMPLING = Sampling(
+    method="rectified-flow",
     prediction="sample",
+    guided=3,
     shift=3.0,
     steps=8,
     guidance=3.0,
@@ -31,17 +37,13 @@ SAMPLING = Sampling(
     chunk=1,
     time=1,
 )
-SMALL = ModelConfig(
+SMALL = replace(
+    checkpoint.load_config("tiny"),
     depth=1,
     dim=16,
     heads=2,
-    mlp_ratio=2.0,
-    patch=(1, 8, 8),
-    in_channels=3,
-    out_channels=3,
     caption_dim=8,
     caption_length=8,
-    base_size=16,
     sampling=SAMPLING,
     captions=CaptionConfig(vocabulary=("a", "circle", "moves", "red"), heads=2, depth=1),
 )
@@ -258,7 +260,7 @@ def test_a_pyramid_file_is_used(generate, place):
 def test_a_model_folder_that_is_broken_is_refused(refused, models, place):
     for name, config, said in [
         ("text", "not json", "text/config.json: Expecting value"),
-        ("other", "{}", "other/config.json: not a minidit model config: 'sampling'"),
+        ("other", "{}", "other/config.json: not a minidit model config: 'patch' is missing"),
     ]:
         (place / name).mkdir()
         (place / name / "config.json").write_text(config)
@@ -336,7 +338,13 @@ def test_a_full_disk_is_one_line(monkeypatch, generate):
 
 
 @pytest.mark.parametrize(
-    ("package", "said"), [("matplotlib", "pip install 'minidit[plots]'"), ("einops.layers", "pip install einops")]
+    ("package", "said"),
+    [
+        ("matplotlib", "pip install 'minidit[plots]'"),
+        ("diffusers", "pip install 'minidit[hub]'"),
+        ("huggingface_hub.errors", "pip install 'minidit[hub]'"),
+        ("einops.layers", "pip install einops"),
+    ],
 )
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, complaint, package, said):
     def missing(*_, **__):
@@ -369,6 +377,36 @@ def test_the_plan_of_open_sora_shows_the_figures_of_the_paper(capsys):
         r"peak cache  11\.5 GiB",  # 12.3 GB
     ):
         assert re.search(rf"^{line}$", out, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_plan_of_every_method_has_a_line_for_each_model_call(monkeypatch, capsys, method):
+    base = PRESETS["opensora-1.2"]
+    prediction = "velocity" if method == "rectified-flow" else "noise"
+    run = replace(base.sampling, method=method, prediction=prediction, steps=150)
+    monkeypatch.setitem(PRESETS, "other", replace(base, sampling=run))
+    out = planned(capsys, "--model", "other", "--dtype", "float32", "--pyramid", "open-sora-plan-246")
+    calls = 159 if method == "pndm" else 150
+    assert len(re.findall(r"^ +\d+ +\d+\.\d +", out, re.MULTILINE)) == calls
+    assert re.search(rf"^temporal +\d+ +\d+ +\d+ +\d+ of {calls}$", out, re.MULTILINE)
+
+
+def test_a_plan_of_pndm_without_diffusers_says_what_to_install(monkeypatch, complaint):
+    base = PRESETS["opensora-1.2"]
+    run = replace(base.sampling, method="pndm", prediction="noise")
+    monkeypatch.setitem(PRESETS, "other", replace(base, sampling=run))
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # importing it raises ImportError
+    said = "sampling by pndm needs the package diffusers, of minidit's extra 'hub': pip install 'minidit[hub]'"
+    assert complaint("plan", "--model", "other") == f"minidit: {said}\n"
+
+
+def test_a_run_of_pndm_is_of_more_calls_than_steps_and_the_bar_counts_them(tmp_path, capsys):
+    run = replace(SAMPLING, method="pndm", prediction="noise", shift=None)
+    checkpoint.save(DiT(replace(SMALL, sampling=run)), tmp_path / "model")
+    options = ("--device", "cpu", "--steps", "6", "--compare", "--out", "both.webp")
+    assert cli.main(["generate", CAPTION, "--model", str(tmp_path / "model"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert "0 of 15" in out and "with broadcast 0/15" in err and "/6" not in err
 
 
 def test_the_prediction_for_open_sora_is_that_of_its_sizes():
@@ -434,7 +472,83 @@ def test_a_plan_that_cannot_be_is_one_line(complaint, options, said):
     assert said in complaint("plan", "--model", "opensora-1.2", *options)
 
 
-@pytest.mark.parametrize("argv", [["draw"], ["generate"], ["--model", "tiny"]])
+@pytest.fixture
+def published(place):
+    """A small checkpoint with Open-Sora's names, and the shape that it has."""
+    family = next(family for family in FAMILIES if family.preset == "opensora-1.2")
+    torch.save({"ema": family.upstream(), "epoch": 3}, "published.pt")
+    checkpoint.write_config(place, family.config)
+    return ("published.pt", "out", "--model", "opensora-1.2", "--config", "config.json")
+
+
+def test_a_published_checkpoint_becomes_a_folder_and_comes_back(capsys, place, published):
+    assert cli.main(["convert", *published, "--dtype", "bfloat16", "--verify"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "opensora-1.2: 89 tensors of published.pt, 1.4 MB",
+        "taken out of ema, without epoch",
+        "wrote and verified out/model.safetensors, 689.3 KB",
+    ]
+    assert "out 0.00/" in err and err.splitlines()[-1].strip() == ""  # a bar, and then nothing
+    assert checkpoint.load("out").config == checkpoint.load_config(".")
+    assert cli.main(["convert", "out", "back", "--inverse", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.endswith("wrote back/model.safetensors, 1.4 MB\n")
+    assert sorted(path.name for path in place.iterdir()) == ["back", "config.json", "out", "published.pt"]
+
+
+def test_a_dry_run_tells_what_would_be_written_and_writes_nothing(capsys, place, published):
+    before = sorted(place.iterdir())
+    assert cli.main(["convert", *published, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\nwould write out/model.safetensors, 1.4 MB\n") and err == ""
+    assert sorted(place.iterdir()) == before
+
+
+def test_the_script_is_the_command(capsys, published):
+    assert convert_weights.main([*published, "--dry-run"]) == 0
+    assert "would write out/model.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["gone.pt", "out"], "gone.pt does not exist: expected a file, a folder, or org/name on the hub"),
+        (["cut.pt", "out"], "cut.pt: not a whole file of torch.save, it is cut off or something else"),
+        (["code.pt", "out"], "code.pt: refused, loading it would call "),
+        (["published.pt", "out"], "published.pt: not the tensors of a model known here; opensora-1.2 is closest, "),
+        (["published.pt", "full"], "full exists: remove it, or name another folder to write"),
+        (["published.pt", "out", "--model", "gpt-2"], "unknown model 'gpt-2': give one of opensora-1.2, "),
+        (["published.pt", "out", "--config", "gone.json"], "gone.json: No such file or directory"),
+        (["published.pt", "out", "--config", "config.json"], "a config needs a key map, give --model"),
+        (["published.pt", "out", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["published.pt", "out", "--inverse"], "published.pt/model.safetensors does not exist"),
+        (["published.pt"], "the following arguments are required: OUT (see minidit convert --help)"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_one_line(complaint, place, published, argv, said):
+    (place / "cut.pt").write_bytes((place / "published.pt").read_bytes()[:-1])
+    torch.save({"a": partial(os.mkdir, "hacked")}, "code.pt")
+    (place / "full").mkdir()
+    (place / "full" / "file").touch()
+    before = sorted(place.rglob("*"))
+    assert said in complaint("convert", *argv)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_hub_that_is_not_installed_is_named_with_its_extra(monkeypatch, complaint):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert complaint("convert", "org/name", "out").endswith("huggingface_hub: pip install 'minidit[hub]'\n")
+
+
+def test_ctrl_c_in_a_conversion_leaves_nothing(monkeypatch, capsys, place, published):
+    monkeypatch.setattr(tensors, "cast", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = sorted(place.iterdir())
+    assert cli.main(["convert", *published]) == 130
+    assert capsys.readouterr().err.endswith("minidit: interrupted, nothing was written\n")
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("argv", [["draw"], ["generate"], ["convert"], ["--model", "tiny"]])
 def test_a_command_line_that_makes_no_sense_is_one_line(complaint, argv):
     assert "--help)" in complaint(*argv)
 
@@ -446,6 +560,7 @@ def test_a_command_line_that_makes_no_sense_is_one_line(complaint, argv):
         (["--help"], 'minidit generate "a red circle'),
         (["generate", "--help"], ", ".join(list(RECIPES)[:5])),
         (["plan", "--help"], "minidit plan --model opensora-1.2"),
+        (["convert", "--help"], "minidit convert hpcai-tech/OpenSora-STDiT-v3"),
         (["--version"], "minidit "),
     ],
 )

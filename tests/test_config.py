@@ -1,31 +1,54 @@
 import json
 from dataclasses import FrozenInstanceError, replace
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidit.config import PRESETS, CaptionConfig, ModelConfig, Sampling
+from minidit.broadcast import PARTS
+from minidit.config import CaptionConfig, Method, ModelConfig, Positions, Sampling
+from minidit.presets import PRESETS
 
 OPENSORA = PRESETS["opensora-1.2"]
 WITH_WORDS = replace(OPENSORA, captions=CaptionConfig(vocabulary=("a", "red"), heads=4, depth=2))
+IDDPM = replace(OPENSORA.sampling, method="iddpm", prediction="noise")
+FIRST = replace(OPENSORA.positions, time="rope-before-norm")
 counts = st.integers(1, 10**6)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 
+SIZES = {name: counts for name in ("guided", "steps", "frames", "height", "width", "space", "chunk", "time")}
+METHODS = get_args(Method)
 samplings = st.builds(
     Sampling,
+    method=st.just("rectified-flow"),
     prediction=st.sampled_from(["velocity", "sample"]),
     shift=st.none() | positive,
-    steps=counts,
     guidance=st.floats(allow_nan=False),
-    frames=counts,
-    height=counts,
-    width=counts,
     fps=positive | counts,
-    space=counts,
-    chunk=counts,
-    time=counts,
+    **SIZES,
+) | st.builds(
+    Sampling,
+    method=st.sampled_from(METHODS[1:]),
+    prediction=st.just("noise"),
+    shift=st.none(),
+    guidance=st.floats(allow_nan=False),
+    fps=positive | counts,
+    **SIZES,
 )
+positions = st.builds(
+    Positions,
+    space=st.sampled_from(["area", "grid", "stored"]),
+    base=counts,
+    scale=positive,
+    time=st.sampled_from(["rope-after-norm", "rope-before-norm", "stream", "branch", "stored"]),
+    pace=positive,
+    frames=counts,
+)
+
+
+def beginnings(parts):
+    return st.integers(1, len(parts)).map(lambda n: tuple(parts[:n]))
 
 
 @st.composite
@@ -38,19 +61,35 @@ def models(draw):
         heads=st.just(caption_heads),
         depth=counts,
     )
+    blocks = draw(st.lists(st.permutations(PARTS).flatmap(beginnings), min_size=1, max_size=3).map(tuple))
+    crosses = any("cross" in block for block in blocks)
+    told, qk_norm = draw(st.sampled_from(["time", "fps", "size", "class"])), draw(st.booleans())
+    place = draw(positions.filter(lambda place: qk_norm or place.time != "rope-before-norm"))
+    run = draw(samplings)
+    learned = run.method.startswith("iddpm")  # the variance
+    alone = any("temporal" in block and "spatial" not in block for block in blocks)
     return ModelConfig(
         depth=draw(counts),
-        dim=4 * heads * draw(st.integers(1, 100)),
+        blocks=blocks,
+        dim=12 * heads * draw(st.integers(1, 100)),
         heads=heads,
         mlp_ratio=draw(positive),
         patch=(1, draw(counts), draw(counts)),
+        odd=draw(st.sampled_from(["pad", "cut", "refuse"])),
         in_channels=in_channels,
-        out_channels=in_channels + draw(st.integers(0, 8)),
-        caption_dim=caption_heads * draw(counts),
-        caption_length=draw(counts),
-        base_size=draw(counts),
-        sampling=draw(samplings),
-        captions=draw(st.none() | captions),
+        out_channels=2 * in_channels if learned else in_channels + draw(st.integers(0, 8)),
+        qk_norm=qk_norm,
+        modulation=draw(st.sampled_from(["shared", "block"])),
+        bare_temporal=not alone and draw(st.booleans()),
+        told=told,
+        classes=draw(counts) if told == "class" else None,
+        positions=place,
+        caption_dim=caption_heads * draw(counts) if crosses else 0,
+        caption_length=draw(counts) if crosses else 0,
+        null_caption=crosses and draw(st.booleans()),
+        rounds_time=draw(st.booleans()),
+        sampling=replace(run, guided=min(run.guided, in_channels)),
+        captions=draw(st.none() | captions) if crosses else None,
     )
 
 
@@ -68,7 +107,7 @@ def test_nothing_writes_to_a_config():
 # errors name the field
 
 
-@pytest.mark.parametrize("name", ["depth", "dim", "heads", "in_channels", "caption_dim", "caption_length", "base_size"])
+@pytest.mark.parametrize("name", ["depth", "dim", "heads", "in_channels", "caption_dim", "caption_length"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", None, True])
 def test_a_size_of_a_model_is_a_positive_whole_number(name, value):
     with pytest.raises(ValueError, match=f"ModelConfig.{name} must be a positive whole number, got {value!r}"):
@@ -91,6 +130,19 @@ def test_the_mlp_is_wider_than_nothing(value):
         ({"patch": (2, 2, 2)}, r"ModelConfig.patch must be \(1, rows, columns\).*got \(2, 2, 2\)"),
         ({"patch": (1, 0, 2)}, r"ModelConfig.patch must be .*got \(1, 0, 2\)"),
         ({"patch": (1, 2)}, r"ModelConfig.patch must be .*got \(1, 2\)"),
+        ({"odd": "wrap"}, "ModelConfig.odd must be one of 'pad', 'cut', 'refuse', got 'wrap'"),
+        ({"qk_norm": 1}, "ModelConfig.qk_norm must be one of True, False, got 1"),
+        ({"told": "class"}, "ModelConfig.classes go with told='class', got None with 'class'"),
+        ({"classes": 3}, "ModelConfig.classes go with told='class', got 3 with 'fps'"),
+        ({"blocks": ()}, "ModelConfig.blocks must be blocks of different parts"),
+        ({"blocks": (("mlp", "mlp"),)}, "ModelConfig.blocks must be blocks of different parts"),
+        ({"blocks": (("spatial", "conv"),)}, "ModelConfig.blocks must be blocks of different parts"),
+        ({"blocks": (("spatial", "mlp"),)}, "ModelConfig.blocks have no 'cross'"),
+        ({"bare_temporal": True}, "ModelConfig.bare_temporal needs a spatial part in every block with a temporal one"),
+        ({"told": "size", "dim": 1120}, "ModelConfig.dim must be a multiple of 3 for told='size', got 1120"),
+        ({"qk_norm": False, "positions": FIRST}, "Positions.time 'rope-before-norm' needs ModelConfig.qk_norm"),
+        ({"in_channels": 3}, "Sampling.guided must be at most ModelConfig.in_channels=3, got 4"),
+        ({"sampling": replace(IDDPM, guided=2), "out_channels": 4}, "out_channels must be twice in_channels=4 for iddpm"),
         ({"caption_dim": 30}, "ModelConfig.caption_dim must be a multiple of CaptionConfig.heads, got caption_dim=30"),
     ],
 )
@@ -99,15 +151,52 @@ def test_a_shape_that_cannot_be_built_is_refused(fields, message):
         replace(WITH_WORDS, **fields)
 
 
-@pytest.mark.parametrize("name", ["steps", "frames", "height", "width", "fps", "space", "chunk", "time", "shift"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"space": "sphere"}, "Positions.space must be one of 'area', 'grid', 'stored', got 'sphere'"),
+        ({"time": "late"}, "Positions.time must be one of 'rope-after-norm', .*, got 'late'"),
+        ({"base": None}, "Positions.base must be a positive whole number, got None"),
+        ({"scale": 0}, "Positions.scale must be a positive number, got 0"),
+        ({"time": "stored"}, "Positions.frames must be a positive whole number, got None"),
+    ],
+)
+def test_positions_that_say_too_little_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        replace(OPENSORA.positions, **fields)
+
+
+@pytest.mark.parametrize("name", ["fps", "shift", *SIZES])
 def test_a_setting_of_the_sampling_is_positive(name):
     with pytest.raises(ValueError, match=f"Sampling.{name} must be a positive .*number, got 0"):
         replace(OPENSORA.sampling, **{name: 0})
 
 
-def test_a_network_predicts_one_of_two_things():
-    with pytest.raises(ValueError, match="Sampling.prediction must be 'velocity' or 'sample', got 'noise'"):
-        replace(OPENSORA.sampling, prediction="noise")
+@pytest.mark.parametrize("prediction", ["noise", "score", None])
+def test_rectified_flow_goes_by_a_velocity_or_a_sample(prediction):
+    message = f"Sampling.prediction must be 'velocity' or 'sample' for rectified-flow, got {prediction!r}"
+    with pytest.raises(ValueError, match=message):
+        replace(OPENSORA.sampling, prediction=prediction)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("prediction", ["velocity", "sample", None])
+def test_the_other_methods_go_by_the_noise(method, prediction):
+    message = f"Sampling.prediction must be 'noise' for {method}, got {prediction!r}"
+    with pytest.raises(ValueError, match=message):
+        replace(OPENSORA.sampling, method=method, prediction=prediction)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_only_rectified_flow_has_a_shift(method):
+    with pytest.raises(ValueError, match=f"Sampling.shift must be None for {method}, got 2.0"):
+        replace(OPENSORA.sampling, method=method, prediction="noise", shift=2.0)
+
+
+@pytest.mark.parametrize("method", ["rflow", "DDIM", "", None])
+def test_a_method_is_one_of_those_that_are_known(method):
+    with pytest.raises(ValueError, match=f"Sampling.method must be one of 'rectified-flow', .*, got {method!r}"):
+        replace(OPENSORA.sampling, method=method)
 
 
 def test_a_vocabulary_holds_a_word_once():
@@ -124,7 +213,7 @@ def without(name):
     [
         (without("depth"), "not a minidit model config: .*'depth'"),
         (without("sampling"), "not a minidit model config: 'sampling' is missing"),
-        ({**OPENSORA.to_json(), "sampling": {}}, "not a minidit model config: .*'prediction'"),
+        ({**OPENSORA.to_json(), "sampling": {}}, "not a minidit model config: .*'method', 'prediction'"),
         ({**OPENSORA.to_json(), "layers": 3}, "not a minidit model config: .*'layers'"),
         ({**OPENSORA.to_json(), "depth": 0}, "ModelConfig.depth must be a positive whole number, got 0"),
         ({**OPENSORA.to_json(), "captions": {"heads": 2}}, "not a minidit model config: 'vocabulary' is missing"),

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from minidit.broadcast import Broadcast, Pyramid, Window, plan
 from minidit.cache import Cache
-from minidit.config import PRESETS
 from minidit.model import DiT
+from minidit.presets import PRESETS
 from minidit.weights.opensora import stdit3
 from minidit.weights.rules import apply
 
@@ -84,7 +84,7 @@ def test_every_stage_on_the_way_is_that_of_the_original(model, golden):
     watched = {
         "x_embedder": model.patch,
         "t_embedder": model.timestep,
-        "fps_embedder": model.fps,
+        "fps_embedder": model.condition.fps,
         "t_block": model.modulation,
         "y_embedder_all_tokens": model.caption,
         "spatial_block_0": model.blocks[0]["mlp"],
@@ -131,8 +131,8 @@ def test_the_published_model_has_as_many_elements_as_its_manifest():
 def test_a_lone_frame_has_no_place_in_time(model):
     x = torch.randn(2, 4, 1, 4, 6)
     cond = prepared(model, x)
-    cos, sin = cond.contexts[3]  # of the first temporal attention
-    assert torch.equal(cos, torch.ones_like(cos)) and torch.equal(sin, torch.zeros_like(sin))
+    rope = cond.contexts[3].rope  # of the first temporal attention
+    assert torch.equal(rope.cos, torch.ones_like(rope.cos)) and torch.equal(rope.sin, torch.zeros_like(rope.sin))
     assert model(x, 500.0, cond).shape == (2, 8, 1, 4, 6)
 
 

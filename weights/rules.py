@@ -3,14 +3,17 @@
 A key map is a tuple of rules. It is total: every tensor is read by exactly one rule, and every rule finds its
 tensors. It is invertible: every rule has an inverse, bit for bit.
 
-`check` looks at names, shapes and dtypes alone. A converter runs it on meta tensors made from the headers of the files,
-then takes one rule at a time: load what it `reads`, `convert`, save what it `writes`.
+A tensor that the model has no use for is dropped by a rule, too: it moves aside, under the prefix DROPPED, from where
+the inverse takes it back. It is the only kind of tensor that may be absent.
+
+`check` looks at names, shapes and dtypes alone, so meta tensors made from the headers of files will do. `Applied` reads
+no more tensors at a time than one rule needs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +22,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 SHOWN = 10  # tensors named in an error
+DROPPED = "dropped/"  # before the name of a tensor that was moved aside
 
 
 class KeyMapError(ValueError):
@@ -66,22 +70,78 @@ class Reshape:
             )
 
 
-Rule = Rename | Split | Fuse | Reshape
+@dataclass(frozen=True)
+class Drop:
+    """A tensor, if it is there, that the model has no use for."""
+
+    old: str
+    why: str
+
+    @property
+    def new(self) -> str:
+        return DROPPED + self.old
+
+
+@dataclass(frozen=True)
+class Restore:
+    """The inverse of Drop."""
+
+    new: str
+    why: str
+
+    @property
+    def old(self) -> str:
+        return DROPPED + self.new
+
+
+Rule = Rename | Split | Fuse | Reshape | Drop | Restore
+
+
+def linears(names: Mapping[str, str], old: str = "", new: str = "") -> tuple[Rule, ...]:
+    """Rules for linear layers, each a weight and a bias. names: upstream's -> ours, after the prefixes old and new."""
+    return tuple(
+        Rename(f"{old}{a}.{kind}", f"{new}{b}.{kind}") for a, b in names.items() for kind in ("weight", "bias")
+    )
+
+
+def patch(dim: int, channels: int, kernel: tuple[int, ...], old: str) -> tuple[Rule, ...]:
+    """A convolution with kernel = stride = patch is a linear layer over a patch in (C, T, H, W) order."""
+    conv, linear = (dim, channels, *kernel), (dim, channels * prod(kernel))
+    return Reshape(f"{old}.weight", "patch.weight", conv, linear), Rename(f"{old}.bias", "patch.bias")
+
+
+class Applied(Mapping[str, Tensor]):
+    """What `apply` gives, each tensor made when it is looked up. Raises KeyMapError, see `check`."""
+
+    def __init__(self, rules: tuple[Rule, ...], tensors: Mapping[str, Tensor]) -> None:
+        check(rules, tensors)
+        self.tensors = tensors
+        self.made = {name: (rule, i) for rule in present(rules, tensors) for i, name in enumerate(writes(rule))}
+
+    def __getitem__(self, name: str) -> Tensor:
+        rule, part = self.made[name]
+        return convert(rule, *(self.tensors[old] for old in reads(rule)))[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
 
 
 def apply(rules: tuple[Rule, ...], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under their new names, views where no data has to move. Raises KeyMapError, see `check`."""
-    check(rules, tensors)
-    converted: dict[str, Tensor] = {}
-    for rule in rules:
-        parts = convert(rule, *(tensors[name] for name in reads(rule)))
-        converted.update(zip(writes(rule), parts, strict=True))
-    return converted
+    return dict(Applied(rules, tensors))
 
 
 def invert(rules: tuple[Rule, ...], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undoes `apply`: new names and shapes to old ones. Raises KeyMapError, see `check`."""
     return apply(tuple(inverse(rule) for rule in rules), tensors)
+
+
+def present(rules: tuple[Rule, ...], tensors: Mapping[str, Tensor]) -> tuple[Rule, ...]:
+    """The rules without those for dropped tensors that are not there."""
+    return tuple(rule for rule in rules if not isinstance(rule, Drop | Restore) or rule.old in tensors)
 
 
 def reads(rule: Rule) -> tuple[str, ...]:
@@ -102,12 +162,16 @@ def inverse(rule: Rule) -> Rule:
             return Split(new, old, dim)
         case Reshape(old, new, old_shape, new_shape):
             return Reshape(new, old, new_shape, old_shape)
+        case Drop(old, why):
+            return Restore(old, why)
+        case Restore(new, why):
+            return Drop(new, why)
 
 
 def convert(rule: Rule, *tensors: Tensor) -> tuple[Tensor, ...]:
     """What the rule reads, in order -> what it writes, in order. A part of a split is a view and may have strides."""
     match rule:
-        case Rename():
+        case Rename() | Drop() | Restore():
             return tensors
         case Split(new=new, dim=dim):
             return tensors[0].chunk(len(new), dim)
@@ -119,15 +183,16 @@ def convert(rule: Rule, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def check(rules: tuple[Rule, ...], tensors: Mapping[str, Tensor]) -> None:
     """Raises KeyMapError, naming the tensors, unless every rule finds tensors that fit and none is left over."""
+    rules = present(rules, tensors)
     read, written = (Counter(name for rule in rules for name in names(rule)) for names in (reads, writes))
     found = [rule for rule in rules if tensors.keys() >= set(reads(rule))]
     misfits = [_misfit(rule, *(tensors[name] for name in reads(rule))) for rule in found]
     problems = [
-        _listed("missing", (repr(name) for name in read if name not in tensors)),
-        _listed("without a rule", (_shown(name, tensors[name]) for name in tensors if name not in read)),
-        _listed("misshapen", (misfit for misfit in misfits if misfit)),
-        _listed("read by more than one rule", (repr(name) for name, n in read.items() if n > 1)),
-        _listed("written by more than one rule", (repr(name) for name, n in written.items() if n > 1)),
+        listed("missing", (repr(name) for name in read if name not in tensors)),
+        listed("without a rule", (shown(name, tensors[name]) for name in tensors if name not in read)),
+        listed("misshapen", (misfit for misfit in misfits if misfit)),
+        listed("read by more than one rule", (repr(name) for name, n in read.items() if n > 1)),
+        listed("written by more than one rule", (repr(name) for name, n in written.items() if n > 1)),
     ]
     if any(problems):
         raise KeyMapError("The key map does not fit the tensors: " + "; ".join(filter(None, problems)))
@@ -135,7 +200,7 @@ def check(rules: tuple[Rule, ...], tensors: Mapping[str, Tensor]) -> None:
 
 def _misfit(rule: Rule, *tensors: Tensor) -> str:
     """What is wrong with the tensors a rule found, '' if nothing."""
-    came = ", ".join(map(_shown, reads(rule), tensors))
+    came = ", ".join(map(shown, reads(rule), tensors))
     like = {(tensor.shape, tensor.dtype) for tensor in tensors}  # torch.cat would promote a dtype, for good
     match rule:
         case Split(new=new, dim=dim) if not _divides(len(new), tensors[0].shape, dim):
@@ -151,11 +216,11 @@ def _divides(parts: int, shape: Shape, dim: int) -> bool:
     return parts > 0 and -len(shape) <= dim < len(shape) and shape[dim] > 0 and shape[dim] % parts == 0
 
 
-def _shown(name: str, tensor: Tensor) -> str:
+def shown(name: str, tensor: Tensor) -> str:
     return f"{name!r} {tuple(tensor.shape)}"
 
 
-def _listed(what: str, names: Iterable[str]) -> str:
+def listed(what: str, names: Iterable[str]) -> str:
     """'2 missing: a, b', the first ten by name; '' for none."""
     all_names = list(names)
     rest = ["..."] if len(all_names) > SHOWN else []

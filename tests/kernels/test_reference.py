@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,9 +101,8 @@ def test_self_attention_is_softmax_within_a_frame_or_along_a_place(b, t, s, head
     qkv = torch.randn(b, t, s, 3 * heads * e)
     q_weight, k_weight = torch.rand(2, e) + 0.5
     cos, sin = rope_table(rope_frequencies(e), t)
-    out = ops.self_attention(
-        qkv, q_weight, k_weight, (cos, sin) if over_time else None, "temporal" if over_time else "spatial"
-    )
+    rope, axis = (ops.Rope(cos, sin), "temporal") if over_time else (None, "spatial")
+    out = ops.self_attention(qkv, heads, (q_weight, k_weight), rope, axis)
     q, k, v = rearrange(qkv, "b t s (three h e) -> three b h t s e", three=3, h=heads)
     q, k = ops.rms_norm(q, q_weight), ops.rms_norm(k, k_weight)
     expected = torch.empty(b, heads, t, s, e, dtype=torch.float64)
@@ -120,7 +120,30 @@ def test_self_attention_is_softmax_within_a_frame_or_along_a_place(b, t, s, head
 def test_a_lone_token_attends_to_itself():
     qkv, weight = torch.randn(2, 1, 1, 3 * 8), torch.ones(4)
     for axis in ("spatial", "temporal"):
-        torch.testing.assert_close(ops.self_attention(qkv, weight, weight, None, axis), qkv[..., 16:])
+        torch.testing.assert_close(ops.self_attention(qkv, 2, (weight, weight), None, axis), qkv[..., 16:])
+
+
+def test_rope_may_come_before_the_norm_and_the_norm_may_be_left_out():
+    qkv, weights = torch.randn(1, 5, 2, 3 * 8), torch.rand(2, 4) + 0.5
+    rope = ops.Rope(*rope_table(rope_frequencies(4), 5))
+    q, k, v = rearrange(qkv, "b t s (three h e) -> three (b s) h t e", three=3, h=2)
+    turned = [ops.rms_norm(ops.rotate(x, *rope), weight) for x, weight in zip((q, k), weights, strict=True)]
+    back = "(b s) h t e -> b t s (h e)"
+    expected = rearrange(F.scaled_dot_product_attention(*turned, v), back, b=1)
+    torch.testing.assert_close(ops.self_attention(qkv, 2, tuple(weights), rope, "temporal", rope_first=True), expected)
+    bare = rearrange(F.scaled_dot_product_attention(q, k, v), back, b=1)
+    torch.testing.assert_close(ops.self_attention(qkv, 2, None, None, "temporal"), bare)
+
+
+def test_a_place_with_a_bias_of_minus_10000_is_seen_by_none_in_its_frame():
+    qkv, bias = torch.randn(2, 3, 4, 3 * 8), torch.zeros(2, 3, 4)
+    bias[1, 2, 3] = -10000
+    out, free = (ops.self_attention(qkv, 2, None, None, "spatial", bias=b) for b in (bias, None))
+    alone = ops.self_attention(qkv[1:, 2:, :3], 2, None, None, "spatial")
+    torch.testing.assert_close(out[1, 2, :3], alone[0, 0])
+    torch.testing.assert_close(out[0], free[0])
+    torch.testing.assert_close(out[1, :2], free[1, :2])
+
 
 
 # captions

@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidit.weights.rules import (
+    Applied,
+    Drop,
     Fuse,
     KeyMapError,
     Rename,
@@ -12,7 +14,9 @@ from minidit.weights.rules import (
     apply,
     check,
     convert,
+    inverse,
     invert,
+    present,
     reads,
     writes,
 )
@@ -23,14 +27,16 @@ shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
 @st.composite
 def maps(draw):
-    """A key map with any number of each kind of rule, and tensors that it fits."""
+    """A key map with any number of each kind of rule, and tensors that it fits; some to be dropped are not there."""
     rules, tensors = [], {}
     generator = torch.Generator().manual_seed(0)
-    kinds = draw(st.lists(st.sampled_from([renames, splits, fuses, reshapes]), max_size=6))
+    kinds = draw(st.lists(st.sampled_from([renames, splits, fuses, reshapes, drops]), max_size=6))
     for n, kind in enumerate(kinds):
         rule, wanted = draw(kind(f"old.{n}", f"new.{n}"))
         dtype = draw(st.sampled_from(DTYPES))
         rules.append(rule)
+        if isinstance(rule, Drop) and draw(st.booleans()):
+            continue
         tensors.update((name, noise(shape, dtype, generator)) for name, shape in zip(reads(rule), wanted, strict=True))
     return tuple(rules), dict(draw(st.permutations(list(tensors.items()))))
 
@@ -38,6 +44,11 @@ def maps(draw):
 @st.composite
 def renames(draw, old, new):
     return Rename(old, new), [draw(shapes)]
+
+
+@st.composite
+def drops(draw, old, new):
+    return Drop(old, "of no use"), [draw(shapes)]
 
 
 @st.composite
@@ -92,7 +103,7 @@ def test_a_map_and_its_inverse_give_every_bit_back(drawn):
 def test_a_map_writes_what_its_rules_name_and_keeps_every_element(drawn):
     rules, tensors = drawn
     converted = apply(rules, tensors)
-    assert list(converted) == [name for rule in rules for name in writes(rule)]
+    assert list(converted) == [name for rule in present(rules, tensors) for name in writes(rule)]
     assert sum(tensor.nbytes for tensor in converted.values()) == sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -110,8 +121,9 @@ def test_a_tensor_taken_away_or_added_is_named(drawn, data):
     rules, tensors = drawn
     with pytest.raises(KeyMapError, match="1 without a rule: 'stray' \\(2, 3\\)$"):
         apply(rules, {**tensors, "stray": torch.zeros(2, 3)})
-    if tensors:
-        lost = data.draw(st.sampled_from(sorted(tensors)))
+    needed = sorted(tensors.keys() - {rule.old for rule in rules if isinstance(rule, Drop)})
+    if needed:
+        lost = data.draw(st.sampled_from(needed))
         with pytest.raises(KeyMapError, match=f"1 missing: '{lost}'$"):
             apply(rules, {name: tensor for name, tensor in tensors.items() if name != lost})
 
@@ -121,6 +133,30 @@ def test_a_map_back_is_as_strict_as_a_map_forth(drawn):
     rules, tensors = drawn
     with pytest.raises(KeyMapError, match="1 without a rule: 'stray'"):
         invert(rules, {**apply(rules, tensors), "stray": torch.zeros(1)})
+
+
+def test_what_is_dropped_moves_aside_and_may_be_absent_on_both_ways():
+    rules = (Rename("a", "b"), Drop("buffer", "computed"))
+    tensors = zeros(a=(1,), buffer=(2,))
+    assert list(apply(rules, tensors)) == ["b", "dropped/buffer"]
+    assert bits(invert(rules, apply(rules, tensors))) == bits(tensors)
+    assert list(apply(rules, zeros(a=(1,)))) == ["b"] and list(invert(rules, zeros(b=(1,)))) == ["a"]
+
+
+@given(maps())
+def test_the_inverse_of_an_inverse_is_the_rule(drawn):
+    rules, _ = drawn
+    assert tuple(inverse(inverse(rule)) for rule in rules) == rules
+
+
+@given(maps(), st.data())
+def test_one_tensor_is_made_of_no_more_than_its_rule_reads(drawn, data):
+    rules, tensors = drawn
+    if made := Applied(rules, tensors):
+        name = data.draw(st.sampled_from(sorted(made)))
+        (rule,) = (rule for rule in present(rules, tensors) if name in writes(rule))
+        made.tensors = {old: tensors[old] for old in reads(rule)}  # the others are gone
+        assert bits({name: made[name]}) == bits({name: apply(rules, tensors)[name]})
 
 
 def test_a_split_gives_the_parts_in_order_and_a_fuse_puts_them_back():
