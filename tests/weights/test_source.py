@@ -91,23 +91,19 @@ def test_a_file_of_another_kind_is_told():
 
 @pytest.fixture
 def hub(monkeypatch, place):
-    """A hub with these files: patterns choose among them as huggingface_hub does. Tells what was fetched."""
-    from fnmatch import fnmatch
-
+    """A hub with these files: huggingface_hub's own patterns choose among them. Tells what was fetched."""
+    chosen = pytest.importorskip("huggingface_hub.utils").filter_repo_objects
     fetched = []
 
     def serve(repository, *names):
-        def snapshot_download(name, *, allow_patterns, ignore_patterns):
+        def snapshot_download(name, **patterns):
             if name != repository:
                 raise OSError(f"404 Client Error.\n\nRepository Not Found for url: {name}")
-            unwanted = [ignore_patterns] if ignore_patterns else []
-            for file in names:
-                wanted = any(fnmatch(file, pattern) for pattern in allow_patterns)
-                if wanted and not any(fnmatch(file, pattern) for pattern in unwanted):
-                    files("cache/abc123", file)
-                    fetched.append(file)
-            Path("cache/abc123").mkdir(parents=True, exist_ok=True)
-            return str(Path("cache/abc123"))
+            files("cache", "abc123/.keep")
+            for file in chosen(names, **patterns):
+                files("cache/abc123", file)
+                fetched.append(file)
+            return "cache/abc123"
 
         monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
         return fetched
