@@ -62,11 +62,11 @@ def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
 
     q: (B, T, S, D); kv: (B, L, 2, H, E), packed [k | v]; lengths: (B,) -> (B, T, S, D).
     """
-    t, h = q.shape[1], kv.shape[3]
+    t, s, h = *q.shape[1:3], kv.shape[3]
     k, v = rearrange(kv, "b l two h e -> two b h l e")
     mask = None if lengths is None else caption_mask(lengths, kv.shape[1])[:, None, None]  # (B, 1, 1, L)
     x = F.scaled_dot_product_attention(rearrange(q, "b t s (h e) -> b h (t s) e", h=h), k, v, attn_mask=mask)
-    return rearrange(x, "b h (t s) e -> b t s (h e)", t=t)
+    return rearrange(x, "b h (t s) e -> b t s (h e)", t=t, s=s)
 
 
 def gated_residual(x: Tensor, a: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -268,7 +268,8 @@ def compared(plain: Tensor, before: Report, video: Tensor, report: Report) -> st
 
 
 def plan(args: argparse.Namespace) -> None:
-    pyramid, preset = read_pyramid(args.pyramid), PRESETS.get(args.model)
+    pyramid = read_pyramid(args.pyramid)
+    preset = None if Path(args.model).exists() else PRESETS.get(args.model)  # a folder may have a preset's name
     config = pipeline.asked(preset or checkpoint.load_config(args.model), **run_options(args))
     dtype = args.dtype or ("bfloat16" if preset or torch.cuda.is_available() else "float32")
     report = pipeline.predict(config, DTYPES[dtype], pyramid)

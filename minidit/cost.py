@@ -21,7 +21,8 @@ class Cost:
     parts: Mapping[Part, int]  # operations of one computed site of each part
     rest: int  # operations of everything else in a call: embeddings, modulation, final layer
     prepare: int  # operations before the first call, once a run: the caption's keys and values
-    update_bytes: int  # of one kept update
+    update_bytes: int  # of one kept update, or of the tokens
+    output_bytes: int  # of what the final layer makes
 
 
 def cost(config: ModelConfig, *, batch: int, latent: tuple[int, int, int], caption_length: int, itemsize: int) -> Cost:
@@ -45,6 +46,7 @@ def cost(config: ModelConfig, *, batch: int, latent: tuple[int, int, int], capti
     rows = {"shared": 9 if config.told == "size" else 6, "block": 2}[config.modulation]  # block: of the final layer
     patches = 2 * n * d * patch * (config.in_channels + config.out_channels)
     told = {"time": 0, "class": 0, "fps": number(d), "size": 2 * number(d) + 3 * number(d // 3)}[config.told]
+    outputs = n * patch * config.out_channels * itemsize
     crosses = sum(site.part == "cross" for site in config.sites)
     text = 2 * batch * length * (config.caption_dim * d + d * d + crosses * 2 * d * d) if config.caption_dim else 0
-    return Cost(parts, number(d) + 2 * batch * d * rows * d + patches, told + text, n * d * itemsize)
+    return Cost(parts, number(d) + 2 * batch * d * rows * d + patches, told + text, n * d * itemsize, outputs)

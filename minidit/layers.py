@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minidit.config import ModelConfig
 from minidit.kernels import reference as ops
+from minidit.parallel import Shares
 
 Caption = tuple[Tensor, Tensor | None]  # keys and values (B, L, 2, H, E), lengths (B,)
 
@@ -20,6 +21,7 @@ class Around(NamedTuple):
     rope: ops.Rope | None = None  # temporal: the frames' rotary positions
     table: Tensor | None = None  # temporal: the frames' positions (T, D), for what attention sees alone
     bias: Tensor | None = None  # spatial: (B, T, S), added to the scores of keys
+    shares: Shares | None = None  # where the attended axis is shared among ranks
 
 
 class SelfAttention(nn.Module):
@@ -36,13 +38,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, around: Around) -> Tensor:
         """x: (B, T, S, D) -> (B, T, S, D)."""
+        if around.shares is not None:
+            x = around.shares.whole(x)
         if around.table is not None:
             x = x + around.table[:, None]
         norm = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         x = ops.self_attention(
             self.qkv(x), self.heads, norm, around.rope, self.axis, rope_first=self.rope_first, bias=around.bias
         )
-        return self.proj(x)
+        x = self.proj(x)
+        return x if around.shares is None else around.shares.back(x)
 
 
 class CrossAttention(nn.Module):

@@ -20,6 +20,7 @@ from minidit.condition import Condition, Told
 from minidit.config import ModelConfig
 from minidit.kernels import reference as ops
 from minidit.layers import Around, CrossAttention, Final, Mlp, SelfAttention, Sublayer
+from minidit.parallel import Shares, alone
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Conditioning:
     """What stays the same over all calls of a run, computed once by DiT.prepare."""
 
     latent: tuple[int, int, int]  # (T, H, W)
-    positions: Tensor  # (S, D)
+    shares: Shares  # which of the tokens are this rank's
+    positions: Tensor  # (S, D), the rank's
     told: Told
-    tables: Mapping[Site, Tensor]  # (T, 1, D), added to the tokens before a site: when each frame is
+    tables: Mapping[Site, Tensor]  # (T, 1, D), the rank's, added to the tokens before a site: when each frame is
     contexts: tuple[Any, ...]  # what each site needs beside the tokens: layers.Around, layers.Caption or None
 
 
@@ -139,13 +141,15 @@ class DiT(nn.Module):
         frames: int | None = None,
         ratio: float | None = None,
         valid: Tensor | None = None,
+        shares: Shares | None = None,
     ) -> Conditioning:
         """Everything that no timestep changes.
 
         text: (B, L, caption_dim) features, or (B,) class labels, or None for a model that knows neither; lengths: (B,)
         its tokens that count, None: all; latent: (T, H, W) of the latents; height, width: of the video in pixels, they
         scale the positions; fps: (B,) frames per second; frames: of the video, None: T; ratio: height / width, None:
-        that; valid: (B, T, H, W) bool, false for latents that no attention looks at, None: all are true.
+        that; valid: (B, T, H, W) bool, false for latents that no attention looks at, None: all are true; shares: who
+        has which of the tokens, None: this process has all.
         """
         config = self.config
         if (text is None) == bool(config.caption_dim or config.classes):
@@ -159,22 +163,27 @@ class DiT(nn.Module):
             rope = ops.Rope(*embed.rope_table(self.rope_freqs, latent[0]))
         first = next((site for site in self.sites if site.part == "temporal"), None)
         branch = config.positions.time == "branch"
-        bias = None if valid is None else self._bias(valid)
+        shares = shares or alone(*config.tokens(latent))
+        bias = None if valid is None else shares.attended(self._bias(valid), 1)
 
         def context(site: Site, f: Any) -> Any:
+            traded = shares if shares.trades(site.part) else None
             match site.part:
                 case "spatial":
-                    return Around(bias=bias)
+                    return Around(bias=bias, shares=traded)
                 case "temporal":
-                    return Around(rope=rope, table=moments if branch and site == first else None)
+                    return Around(rope=rope, table=moments if branch and site == first else None, shares=traded)
                 case "cross":
                     return f.prepare(features, lengths)
                 case "mlp":
                     return None
 
         contexts = tuple(context(site, sublayer.f) for site, sublayer in zip(self.sites, self.sublayers, strict=True))
-        tables = {} if branch or moments is None or first is None else {first: moments[:, None]}
-        return Conditioning(latent, self._places(latent, height, width), told, tables, contexts)
+        tables = {}
+        if moments is not None and first is not None and not branch:
+            tables[first] = shares.own(moments[:, None], "frames", 0)
+        positions = shares.own(self._places(latent, height, width), "places", 0)
+        return Conditioning(latent, shares, positions, told, tables, contexts)
 
     def _places(self, latent: tuple[int, int, int], height: float, width: float) -> Tensor:
         """(S, D) positions of a frame's places."""
@@ -224,6 +233,7 @@ class DiT(nn.Module):
         height, width = x.shape[3:]
         x = self._embed(x, cond)
         t = self._check(call, cache, t, x)
+        frame_mask = None if frame_mask is None else cond.shares.own(frame_mask, "frames", 1)
         time, clean = self.timestep(t), self._clean(t, frame_mask)  # (B, D)
         modulation = self._modulation(time, clean, cond.told, frame_mask)
         acts = call.acts if call else (Act.COMPUTE,) * len(self.sites)
@@ -241,12 +251,14 @@ class DiT(nn.Module):
                 cache.keep(site, update)
 
         x = self.final(x, time + cond.told.final, None if clean is None else clean + cond.told.clean, frame_mask)
+        x = cond.shares.gather(x)
         return embed.unpatchify(x, self.config.patch, self.config.grid(cond.latent))[..., :height, :width]
 
     def _embed(self, x: Tensor, cond: Conditioning) -> Tensor:
         if tuple(x.shape[2:]) != cond.latent:
             raise ValueError(f"latents of size {tuple(x.shape[2:])}, but prepared for {cond.latent}")
         x = embed.patchify(x, self.config.patch, self.config.grid(cond.latent))  # (B, T, S, C * patch)
+        x = cond.shares.own(cond.shares.own(x, "frames", 1), "places", 2)
         return self.patch(x.to(self.dtype)) + cond.positions
 
     def _check(self, call: Call | None, cache: Cache | None, t: Tensor | float, x: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from minidit.broadcast import Call, Plan
 from minidit.cache import Cache
+from minidit.cost import cost
 from minidit.model import Conditioning, DiT
+from minidit.parallel import ALONE, Layout
 from minidit.samplers import Noise, Sampler, planned
 
 
@@ -64,6 +66,7 @@ def sample(
     null: Tensor | None = None,
     frames: Tensor | None = None,
     noise: Noise = torch.randn_like,
+    layout: Layout = ALONE,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, H, W) for captions, from noise z of that shape, by a plan.
@@ -72,7 +75,9 @@ def sample(
     null caption, cut to the captions' length as in the originals: as one batch [cond; uncond], or in two_calls a step,
     each with a cache of its own. null: (L or more, caption_dim) features of the null caption; None: the one that the
     model has learned. frames, noise: see Sampler.integrate.
-    Raises ValueError for a plan made with other times or for another model.
+    layout: the ranks that share the run; each is given all of z and makes all of the latents, and noise has to be the
+    same on all of them.
+    Raises ValueError for a plan made with other times or for another model, and for ranks that were given other things.
     """
     times = planned(sampler, model.config, model.dtype)
     if plan.timesteps != tuple(times):
@@ -81,14 +86,23 @@ def sample(
             "make the plan with planned(sampler, model.config, model.dtype)"
         )
     guided = guidance != 1
-    batches = _halves(model, text, null, two_calls) if guided else [text]
-    copies = 2 if guided and not two_calls else 1  # of z in one model call
+    apart = layout.guidance is not None
+    if apart and not guided:
+        raise ValueError("a guidance of 1 has no second half for other ranks: start fewer")
+    layout.agree(z.device, z=z, text=text, lengths=lengths, null=null, guidance=guidance, plan=plan, sampler=sampler)
+    batches = _halves(model, text, null, two_calls or apart) if guided else [text]
+    if apart:
+        batches = [batches[layout.half]]
+    copies = 2 if guided and not two_calls and not apart else 1  # of z in one model call
     lengths = None if lengths is None else lengths.repeat(copies)
     rate = torch.full((copies * len(z),), float(fps), device=z.device)
     latent = (z.shape[2], z.shape[3], z.shape[4])
+    length, itemsize = model.config.caption_length, model.dtype.itemsize
+    price = cost(model.config, batch=copies * len(z), latent=latent, caption_length=length, itemsize=itemsize)
+    shares = layout.shares(plan, price, model.config.tokens(latent))
 
     def prepare(text: Tensor | None) -> Conditioning:
-        return model.prepare(text, lengths, latent=latent, height=height, width=width, fps=rate)
+        return model.prepare(text, lengths, latent=latent, height=height, width=width, fps=rate, shares=shares)
 
     runs = [(prepare(batch), Cache(plan)) for batch in batches]
 
@@ -101,6 +115,8 @@ def sample(
             on_step(Step(call, len(plan), held, peak))
         if not guided:
             return outputs
+        if apart:
+            outputs = layout.join(outputs)
         cond, uncond = outputs.chunk(2)
         return guide(cond, uncond, guidance, model.config.sampling.guided)
 

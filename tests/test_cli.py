@@ -431,6 +431,13 @@ def test_the_plan_of_a_folder_needs_no_weights(capsys, place):
     assert out.endswith(f"\n\n{halved}\n") and 2 * halved.peak_bytes == predict(SMALL, torch.float32).peak_bytes
 
 
+def test_a_folder_with_the_name_of_a_preset_is_the_folder(capsys, place):
+    (place / "latte").mkdir()
+    (place / "latte" / "config.json").write_text(json.dumps(SMALL.to_json()))
+    assert cli.main(["plan", "--model", "latte"]) == 0
+    assert "latte, pab-246: 3 frames of 16x16, guidance 3, float32" in capsys.readouterr().out
+
+
 def test_the_plan_is_the_one_that_generate_follows(capsys, generate, models):
     out = planned(capsys, "--model", str(models / "small"), "--dtype", "float32", "--pyramid", "latte-236")
     predicted = out[out.index("part ") :].rstrip()

@@ -142,7 +142,7 @@ def test_the_mlp_is_wider_than_nothing(value):
         ({"told": "size", "dim": 1120}, "ModelConfig.dim must be a multiple of 3 for told='size', got 1120"),
         ({"qk_norm": False, "positions": FIRST}, "Positions.time 'rope-before-norm' needs ModelConfig.qk_norm"),
         ({"in_channels": 3}, "Sampling.guided must be at most ModelConfig.in_channels=3, got 4"),
-        ({"sampling": replace(IDDPM, guided=2), "out_channels": 4}, "out_channels must be twice in_channels=4 for iddpm"),
+        ({"sampling": IDDPM, "out_channels": 4}, "out_channels must be twice in_channels=4 for iddpm"),
         ({"caption_dim": 30}, "ModelConfig.caption_dim must be a multiple of CaptionConfig.heads, got caption_dim=30"),
     ],
 )

@@ -1,25 +1,29 @@
 """Every published architecture computes what its authors' code computes, from their own weights."""
 
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from families import FAMILIES, error, prepared
-from minidit.model import DiT
+from minidit import checkpoint
 from minidit.sampling import guide
-from minidit.weights.families import PUBLISHED
-from minidit.weights.rules import apply
+from minidit.weights.convert import prepare
 
 CASES = [(family, case) for family in FAMILIES for case in family.cases]
 
 
 @cache
 def model_of(family):
-    model = DiT(family.config).eval().requires_grad_(False)
-    state = apply(PUBLISHED[family.preset].rules(family.config), family.upstream())
-    model.load_state_dict({name: tensor for name, tensor in state.items() if name in model.state_dict()})
-    return model
+    """The original's weights in a file, converted to a folder, and loaded."""
+    with TemporaryDirectory() as folder:
+        file, out = Path(folder) / "model.safetensors", Path(folder) / "converted"
+        save_file(family.upstream(), file)
+        prepare(str(file), str(out), model=family.preset, config=family.config).run()
+        return checkpoint.load(out)
 
 
 def given_to(family, case):
