@@ -322,8 +322,8 @@ print(anonymous() - start)
 def test_no_more_than_two_shards_are_in_memory_at_a_time():
     config = replace(STDIT3.config, dim=768, heads=8, mlp_ratio=4.0, depth=1)
     big = {name: torch.ones(tensor.shape) for name, tensor in upstream("opensora-1.2", config).items()}
-    size, limit = sum(tensor.nbytes for tensor in big.values()), 15_000_000
-    assert size > 6 * limit
+    size, limit = sum(tensor.nbytes for tensor in big.values()), 25_000_000
+    assert size > 3 * limit  # so that one that holds all of it is found out
     checkpoint.write_config(Path(), config)
     command = [sys.executable, "-c", MEMORY, str(limit), one_file(big), archive("ema")(big)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
