@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidit import checkpoint, metrics, pipeline
+from minidit import checkpoint, metrics, parallel, pipeline
 from minidit.broadcast import RECIPES, Act, Pyramid
 from minidit.config import Sampling
 from minidit.model import DiT
+from minidit.parallel import Layout
 from minidit.pipeline import Report, readable
 from minidit.presets import PRESETS
 from minidit.sampling import Step
@@ -78,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return complain(f"{error}")
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", 1)) > 1 and parallel.lost(error):
+            # torchrun names the rank that ended, and ends the others
+            return complain("another rank of the run ended, nothing was written", code=1) if rank() == 0 else 1
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         return complain("out of memory: fewer --frames, a smaller --size, --two-calls or --pyramid none need less")
@@ -118,6 +122,8 @@ def parser() -> Parser:
     make.add_argument("--fps", type=number(0.01, 1000), metavar="F", help="frames a second in the file")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make.add_argument("--device", choices=("cpu", "cuda"), default=device, help="%(default)s, if not given")
+    make.add_argument("--split-guidance", action="store_true", help="under torchrun: each half on ranks of its own")
+    make.add_argument("--axis", choices=tuple(parallel.TRADED), help="under torchrun: shared by ranks, not the faster")
     make.add_argument("--compare", action="store_true", help="also without broadcast: side by side, and how alike")
 
     about = "show what a run would do and cost; nothing is run"
@@ -126,6 +132,9 @@ def parser() -> Parser:
     show.add_argument("--model", default="tiny", help=f"tiny, {', '.join(PRESETS)}, or a model's folder (%(default)s)")
     add_run(show)
     show.add_argument("--dtype", choices=tuple(DTYPES), help="as generate would here; of opensora-1.2, bfloat16")
+    show.add_argument("--ranks", type=counts, metavar="N[,N]", help="predict runs on so many GPUs, each, too")
+    show.add_argument("--link", type=number(0.001, 1e6), default=400, metavar="GB/S", help="out of a GPU (%(default)s)")
+    show.add_argument("--compute", type=number(0.001, 1e6), default=500, metavar="TFLOP/S", help="of one (%(default)s)")
     show.add_argument("--json", metavar="FILE", help="write the plan there, too; -: print it, and nothing else")
 
     about = "turn a published checkpoint into a folder for --model"
@@ -185,6 +194,10 @@ def size(text: str) -> tuple[int, int]:
     return height, width
 
 
+def counts(text: str) -> list[int]:
+    return [whole(1, 4096)(count) for count in text.split(",")]
+
+
 def read_pyramid(name: str) -> Pyramid | None:
     if name in RECIPES:
         return RECIPES[name]
@@ -197,8 +210,37 @@ def read_pyramid(name: str) -> Pyramid | None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    model, pyramid, options = checked(args)
-    config = pipeline.asked(model.config, **options)
+    """Alone, or as one of the ranks that torchrun started: the first of them shows, tells and writes."""
+    with parallel.started(args.device) as device:
+        problem = None
+        try:
+            model, pyramid, options = checked(args, device)
+            options["layout"] = layout(args, device)
+        except (ImportError, OSError, ValueError, MemoryError) as error:
+            problem = error
+        first = parallel.first_with(problem is not None, device)
+        if first is None:
+            make_video(args, model, pyramid, options)
+        elif problem and first == rank():
+            raise problem
+        else:
+            sys.exit(2)  # another rank says why
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def layout(args: argparse.Namespace, device: torch.device) -> Layout:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return parallel.layout(device, guidance=2 if args.split_guidance else 1, axis=args.axis)[0]
+    if args.split_guidance or args.axis:
+        raise ValueError("--split-guidance and --axis are for several ranks: start them with torchrun")
+    return parallel.ALONE
+
+
+def make_video(args: argparse.Namespace, model: DiT, pyramid: Pyramid | None, options: dict[str, Any]) -> None:
+    config = pipeline.asked(model.config, **run_options(args))
     sampler, _ = pipeline.schedule(config, model.dtype)
     asked, calls = config.sampling, len(sampler.timesteps)
     options |= {"seed": args.seed, "two_calls": args.two_calls}
@@ -208,6 +250,8 @@ def generate(args: argparse.Namespace) -> None:
         pipeline.generate(model, args.caption, **{**options, "steps": min(asked.steps, 4)})
         plain, before = run(model, args.caption, None, calls, options)
     video, report = run(model, args.caption, pyramid, calls, options)
+    if rank():
+        return
     text, shown = str(report), [clip(asked)]
     if args.compare:
         text += compared(plain, before, video, report)
@@ -219,7 +263,7 @@ def generate(args: argparse.Namespace) -> None:
     print(f"{text}\n\nwrote {path} ({', '.join(shown)})")
 
 
-def checked(args: argparse.Namespace) -> tuple[DiT, Pyramid | None, dict[str, Any]]:
+def checked(args: argparse.Namespace, device: torch.device) -> tuple[DiT, Pyramid | None, dict[str, Any]]:
     """The model and what it is asked for. Everything that can be wrong is found here, before the model runs."""
     check_output(args.out)
     pyramid, options = read_pyramid(args.pyramid), run_options(args)
@@ -229,7 +273,7 @@ def checked(args: argparse.Namespace) -> tuple[DiT, Pyramid | None, dict[str, An
         raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
     if args.model in PRESETS and not Path(args.model).exists():
         raise ValueError(f"{args.model} is a shape without weights, for `minidit plan`; give tiny or a folder")
-    model = checkpoint.load(args.model, device=args.device)
+    model = checkpoint.load(args.model, device=device)
     config = pipeline.asked(model.config, **options)
     report = pipeline.predict(config, model.dtype, pyramid)
     # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
@@ -247,7 +291,8 @@ def run(
 ) -> tuple[Tensor, Report]:
     """pipeline.generate behind a progress bar."""
     label = "with broadcast" if pyramid else "without broadcast"
-    with tqdm(total=calls, desc=label, bar_format=BAR, dynamic_ncols=True, leave=False) as bar:
+    hidden = {"disable": True} if rank() else {}
+    with tqdm(total=calls, desc=label, bar_format=BAR, dynamic_ncols=True, leave=False, **hidden) as bar:
 
         def advance(step: Step) -> None:
             acts, held = step.call.acts, f"{readable(step.cache_bytes, 1024)}B"
@@ -282,6 +327,11 @@ def plan(args: argparse.Namespace) -> None:
     print(report.plan)
     print("'.' compute, S compute and store, R reuse; held: updates in the cache after the call\n")
     print(report)
+    if args.ranks:
+        speed = parallel.Speed(args.compute * 1e12, args.link * 1e9)
+        _, latent = pipeline.schedule(config, DTYPES[dtype])
+        print(f"\npredicted, at {args.compute:g} TFLOP/s and {args.link:g} GB/s of each rank; * is what a run chooses")
+        print(parallel.table(report.plan, report.cost, config.tokens(latent), args.ranks, speed))
     if args.json:
         print(f"\nwrote {args.json}")
 

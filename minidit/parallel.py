@@ -10,8 +10,11 @@ Guidance: the captions on one group of ranks, the null captions on another. Data
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from hashlib import sha256
 from typing import Literal
 
@@ -24,6 +27,7 @@ from minidit.broadcast import Act, Part, Plan
 from minidit.cost import Cost
 
 Axis = Literal["frames", "places"]
+TIMEOUT = timedelta(minutes=5)  # of a rank that waits for another one in the middle of a run
 TRADED: dict[Axis, Part] = {"frames": "temporal", "places": "spatial"}  # the attention along the shared axis
 
 
@@ -179,6 +183,23 @@ def choose_axis(plan: Plan, price: Cost, tokens: tuple[int, int], *, ranks: int,
     return "places" if total("places") < total("frames") else "frames"
 
 
+def table(plan: Plan, price: Cost, tokens: tuple[int, int], ranks: Sequence[int], speed: Speed) -> str:
+    """What the plan's run would communicate and how long it would take, predicted, for numbers of ranks."""
+    lines = ["ranks  shared   largest share  GB sent  Ulysses  all-to-alls  compute s  communicate s  in all s"]
+    for count in ranks:
+        for axis, size in zip(TRADED, tokens, strict=True):
+            found = traffic(plan, price, tokens, axis=axis, ranks=count)
+            computing, communicating = seconds(plan, price, tokens, axis=axis, ranks=count, speed=speed)
+            share = f"{shares(size, count)[0]} of {size}"
+            chosen = "*" if axis == choose_axis(plan, price, tokens, ranks=count, speed=speed) else " "
+            lines.append(
+                f"{count:>5}  {axis:<6}{chosen}  {share:>13}  {found.mean / 1e9:>7.2f}  {2 * found.mean / 1e9:>7.2f}"
+                f"  {found.trades + found.gathers:>11}  {computing:>9.2f}  {communicating:>13.3f}"
+                f"  {computing + communicating:>8.2f}"
+            )
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The ranks that make one video together, as this one sees them: `guidance` halves of `sequence` ranks each."""
@@ -229,9 +250,7 @@ def _digest(value: object) -> int:
     return int.from_bytes(sha256(data).digest()[:8]) >> 1
 
 
-def layout(
-    device: torch.device, *, guidance: int = 1, data: int = 1, axis: Axis | None = None
-) -> tuple[Layout, int]:
+def layout(device: torch.device, *, guidance: int = 1, data: int = 1, axis: Axis | None = None) -> tuple[Layout, int]:
     """The layout of this rank, and which of the `data` groups it is in; all started ranks take part.
 
     guidance: 2 for the halves of guidance apart. Raises ValueError where the ranks do not divide into such groups.
@@ -243,3 +262,35 @@ def layout(
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     groups = {name: mesh.get_group(name) if size > 1 else None for name, size in sizes.items()}
     return Layout(groups["sequence"], groups["guidance"], axis), mesh.get_local_rank("data")
+
+
+@contextmanager
+def started(device: str) -> Iterator[torch.device]:
+    """Join the ranks that torchrun started with this one, if it did, until the end; the device of this one.
+
+    A rank that waits for another one longer than TIMEOUT gives up with an error.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield torch.device(device)
+        return
+    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether it says that another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def first_with(problem: bool, device: torch.device) -> int | None:
+    """The first rank that has a problem, the same answer on all; None: no rank has one."""
+    if not dist.is_initialized():
+        return 0 if problem else None
+    every = gather(torch.tensor([problem], device=device, dtype=torch.int32), [1] * dist.get_world_size(), None)
+    return every.tolist().index(1) if every.any() else None

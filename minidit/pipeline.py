@@ -16,6 +16,7 @@ from minidit.caption import CaptionEncoder
 from minidit.config import ModelConfig
 from minidit.cost import Cost, cost
 from minidit.model import DiT
+from minidit.parallel import ALONE, Layout
 from minidit.samplers import Sampler
 
 
@@ -127,12 +128,14 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     two_calls: bool = False,
+    layout: Layout = ALONE,
     on_step: Callable[[sampling.Step], None] | None = None,
 ) -> tuple[Tensor, Report]:
     """A video for every caption: (B, T, H, W, 3) uint8, or (T, H, W, 3) for one caption; and what it cost.
 
     What is None is as the model was trained. Video i of a batch starts from the noise of seed + i, the same on every
-    device and in every batch. Raises ValueError for words the model does not know and sizes it cannot have.
+    device and in every batch. layout: the ranks that make the videos together, each of which gets all of them.
+    Raises ValueError for words the model does not know and sizes it cannot have.
     """
     batch = [captions] if isinstance(captions, str) else list(captions)
     tokens, device = encoder(model).tokenize(batch), model.patch.weight.device
@@ -162,6 +165,7 @@ def generate(
         width=config.sampling.width,
         fps=config.sampling.fps,
         two_calls=two_calls,
+        layout=layout,
         on_step=watch,
     )
     videos = ((z + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu()

@@ -1,0 +1,92 @@
+"""The command and the training on several processes, started as users start them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from minidit import cli
+
+ROOT = Path(__file__).parents[1]
+CAPTION = "a red circle moves to the right"
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Starts a program on so many processes, in a folder of its own."""
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+    def start(ranks, *arguments):
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*command, str(ranks), *arguments], cwd=tmp_path, env=environment, **output)
+
+    return start
+
+
+def generated(torchrun, ranks, out, *options):
+    made = torchrun(ranks, "-m", "minidit", "generate", CAPTION, "--steps", "4", "--out", out, *options)
+    output, errors = made.communicate(timeout=120)
+    assert made.returncode == 0, errors
+    assert output.count("wrote") == 1  # one rank tells
+    return output
+
+
+def pixels(path):
+    image = Image.open(path)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
+
+
+def test_one_two_and_four_processes_make_the_same_video(torchrun, tmp_path):
+    assert cli.main(["generate", CAPTION, "--steps", "4", "--out", str(tmp_path / "1.png")]) == 0
+    for ranks, options in (2, ()), (4, ("--split-guidance", "--axis", "frames")):
+        generated(torchrun, ranks, f"{ranks}.png", *options)
+    alone = pixels(tmp_path / "1.png")
+    for ranks in (2, 4):
+        difference = (pixels(tmp_path / f"{ranks}.png") - alone).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 0.001  # sums in another order
+
+
+def test_what_all_ranks_find_wrong_is_said_once(torchrun, tmp_path):
+    refused = torchrun(2, "-m", "minidit", "generate", "a red dragon moves", "--out", "x.png")
+    _, errors = refused.communicate(timeout=60)
+    said = [line for line in errors.splitlines() if line.startswith("minidit: ")]
+    assert len(said) == 1 and "unknown in the caption: 'dragon'" in said[0]
+    assert refused.returncode != 0 and not list(tmp_path.iterdir())
+
+
+def workers(parent):
+    """The processes that torchrun started."""
+    children = (Path(f"/proc/{parent}/task/{parent}/children")).read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux shows them")
+def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_file(torchrun, tmp_path):
+    run = torchrun(2, "-m", "minidit", "generate", CAPTION, "--steps", "2000", "--out", "x.png")
+    while "with broadcast" not in run.stderr.read(40):  # the progress bar: it has begun
+        assert run.poll() is None
+    os.kill(workers(run.pid)[-1], signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = run.communicate(timeout=60)
+    print(errors)
+    assert run.returncode != 0 and time.monotonic() - start < 60
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_on_two_processes_is_training_on_one_with_the_same_batch(torchrun, tmp_path):
+    quiet = ["--steps", "2", "--batch", "4", "--warmup", "1", "--show", "0", "--workers", "0", "--device", "cpu"]
+    for ranks in (1, 2):
+        training = torchrun(ranks, str(ROOT / "scripts" / "train.py"), *quiet, "--out", str(ranks))
+        _, errors = training.communicate(timeout=200)
+        assert training.returncode == 0, errors
+    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
