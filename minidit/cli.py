@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -113,8 +113,10 @@ def parser() -> Parser:
         "generate", help=about, description=about, epilog=GENERATE + PYRAMIDS, formatter_class=raw
     )
     make.set_defaults(command=generate)
-    make.add_argument("caption", help='such as "a red circle moves to the right"')
+    make.add_argument("caption", nargs="?", help='such as "a red circle moves to the right"')
     make.add_argument("--out", default="video.mp4", metavar="FILE", help=".mp4, .gif, .webp, or .png (%(default)s)")
+    make.add_argument("--prompts", metavar="FILE", help="instead: a caption a line; --out: a folder, whose videos stay")
+    make.add_argument("--kind", choices=("mp4", "gif", "webp", "png"), default="mp4", help="of --prompts (%(default)s)")
     make.add_argument("--model", default="tiny", help="tiny, or a model's folder (%(default)s)")
     add_run(make)
     make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")
@@ -122,8 +124,9 @@ def parser() -> Parser:
     make.add_argument("--fps", type=number(0.01, 1000), metavar="F", help="frames a second in the file")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make.add_argument("--device", choices=("cpu", "cuda"), default=device, help="%(default)s, if not given")
-    make.add_argument("--split-guidance", action="store_true", help="under torchrun: each half on ranks of its own")
-    make.add_argument("--axis", choices=tuple(parallel.TRADED), help="under torchrun: shared by ranks, not the faster")
+    make.add_argument("--data", type=whole(1, 4096), default=1, metavar="N", help="torchrun: groups for --prompts")
+    make.add_argument("--split-guidance", action="store_true", help="torchrun: each half on ranks of its own")
+    make.add_argument("--axis", choices=tuple(parallel.TRADED), help="torchrun: what ranks share; else the faster")
     make.add_argument("--compare", action="store_true", help="also without broadcast: side by side, and how alike")
 
     about = "show what a run would do and cost; nothing is run"
@@ -209,48 +212,79 @@ def read_pyramid(name: str) -> Pyramid | None:
         raise ValueError(f"{name}: {error}") from error
 
 
+class Job(NamedTuple):
+    """A video to make."""
+
+    caption: str
+    out: Path
+    seed: int
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """The one that is asked for, or those of the lines of a file that are not there yet."""
+    if (args.caption is None) == (args.prompts is None):
+        raise ValueError("give a caption, or a file of them with --prompts (see minidit generate --help)")
+    if args.caption is not None:
+        return [Job(args.caption, Path(args.out), args.seed)]
+    folder = Path(args.out)
+    if folder.suffix or folder.is_file():
+        raise ValueError(f"--prompts makes many videos: name a folder for them with --out, not {folder}")
+    folder.mkdir(exist_ok=True)
+    lines = [line.strip() for line in Path(args.prompts).read_text().splitlines()]
+    every = [Job(line, folder / f"{i:04}.{args.kind}", args.seed + i) for i, line in enumerate(lines) if line]
+    return [job for job in every if not job.out.exists()]
+
+
 def generate(args: argparse.Namespace) -> None:
-    """Alone, or as one of the ranks that torchrun started: the first of them shows, tells and writes."""
+    """Alone, or as one of the ranks that torchrun started."""
     with parallel.started(args.device) as device:
         problem = None
         try:
-            model, pyramid, options = checked(args, device)
-            options["layout"] = layout(args, device)
+            todo = jobs(args)
+            model, pyramid, options = checked(args, todo, device)
+            options["layout"], at = layout(args, device)
         except (ImportError, OSError, ValueError, MemoryError) as error:
             problem = error
         first = parallel.first_with(problem is not None, device)
-        if first is None:
-            make_video(args, model, pyramid, options)
-        elif problem and first == rank():
+        if problem and first == rank():
             raise problem
-        else:
+        if first is not None:
             sys.exit(2)  # another rank says why
+        own = todo[at :: args.data]
+        for job in own:
+            make_video(args, job, model, pyramid, options)
+        if args.prompts and rank() == 0:
+            print(f"{len(todo)} videos made in {args.out}, of which {len(own)} here")
 
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def layout(args: argparse.Namespace, device: torch.device) -> Layout:
+def layout(args: argparse.Namespace, device: torch.device) -> tuple[Layout, int]:
+    """The ranks that make a video with this one, and which group of such they are."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return parallel.layout(device, guidance=2 if args.split_guidance else 1, axis=args.axis)[0]
-    if args.split_guidance or args.axis:
-        raise ValueError("--split-guidance and --axis are for several ranks: start them with torchrun")
-    return parallel.ALONE
+        return parallel.layout(device, guidance=2 if args.split_guidance else 1, data=args.data, axis=args.axis)
+    if args.split_guidance or args.axis or args.data > 1:
+        raise ValueError("--split-guidance, --axis and --data are for several ranks: start them with torchrun")
+    return parallel.ALONE, 0
 
 
-def make_video(args: argparse.Namespace, model: DiT, pyramid: Pyramid | None, options: dict[str, Any]) -> None:
+def make_video(
+    args: argparse.Namespace, job: Job, model: DiT, pyramid: Pyramid | None, options: dict[str, Any]
+) -> None:
+    """The first rank of those that make it shows how far it is, writes it and tells."""
     config = pipeline.asked(model.config, **run_options(args))
     sampler, _ = pipeline.schedule(config, model.dtype)
     asked, calls = config.sampling, len(sampler.timesteps)
-    options |= {"seed": args.seed, "two_calls": args.two_calls}
+    options = {**options, "seed": job.seed, "two_calls": args.two_calls}
     if args.compare:
         # the first model call of a process takes longer, and would be counted on one side
         # four steps, because pndm has no fewer
-        pipeline.generate(model, args.caption, **{**options, "steps": min(asked.steps, 4)})
-        plain, before = run(model, args.caption, None, calls, options)
-    video, report = run(model, args.caption, pyramid, calls, options)
-    if rank():
+        pipeline.generate(model, job.caption, **{**options, "steps": min(asked.steps, 4)})
+        plain, before = run(model, job.caption, None, calls, options)
+    video, report = run(model, job.caption, pyramid, calls, options)
+    if not options["layout"].first:
         return
     text, shown = str(report), [clip(asked)]
     if args.compare:
@@ -258,30 +292,39 @@ def make_video(args: argparse.Namespace, model: DiT, pyramid: Pyramid | None, op
         video, shown = side_by_side(plain, video), [*shown, "left without broadcast, right with"]
     scale = min(math.ceil(WATCHABLE / min(asked.height, asked.width)), 2 * LONGEST // max(video.shape[1:3]))
     fps = args.fps or asked.fps
-    path = save_video(video, args.out, fps=fps, scale=max(1, scale))
+    path = save_video(video, job.out, fps=fps, scale=max(1, scale))
     shown += [f"shown {scale}x larger"] * (scale > 1) + [f"{fps:g} fps"] * (path.suffix.lower() != ".png")
-    print(f"{text}\n\nwrote {path} ({', '.join(shown)})")
+    if args.prompts:
+        print(f"wrote {path} in {report.seconds:.1f} s: {job.caption}")
+    else:
+        print(f"{text}\n\nwrote {path} ({', '.join(shown)})")
 
 
-def checked(args: argparse.Namespace, device: torch.device) -> tuple[DiT, Pyramid | None, dict[str, Any]]:
+def checked(
+    args: argparse.Namespace, todo: Sequence[Job], device: torch.device
+) -> tuple[DiT, Pyramid | None, dict[str, Any]]:
     """The model and what it is asked for. Everything that can be wrong is found here, before the model runs."""
-    check_output(args.out)
+    for job in todo:
+        check_output(job.out)
     pyramid, options = read_pyramid(args.pyramid), run_options(args)
     if args.compare and pyramid is None:
         raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
     if args.model in PRESETS and not Path(args.model).exists():
-        raise ValueError(f"{args.model} is a shape without weights, for `minidit plan`; give tiny or a folder")
+        raise ValueError(
+            f"{args.model} is a shape without weights, for `minidit plan`; give tiny or a folder, "
+            "which `minidit convert` makes of a published checkpoint"
+        )
     model = checkpoint.load(args.model, device=device)
     config = pipeline.asked(model.config, **options)
     report = pipeline.predict(config, model.dtype, pyramid)
     # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
     if args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
         raise MemoryError
-    pipeline.encoder(model).tokenize([args.caption])
+    pipeline.encoder(model).tokenize([job.caption for job in todo])
     wanted, trained = clip(config.sampling), clip(model.config.sampling)
-    if wanted != trained:
+    if wanted != trained and rank() == 0:
         print(f"minidit: note: trained on {trained}; {wanted} will run, but expect worse", file=sys.stderr)
     return model, pyramid, options
 

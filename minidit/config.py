@@ -53,6 +53,8 @@ class Sampling:
         _check_positive(self, "guided", "steps", "frames", "height", "width", "space", "time")
         _check_positive(self, *["chunk"] * (self.chunk is not None))
         _check_positive(self, "fps", *(() if self.shift is None else ("shift",)), whole=False)
+        if type(self.guidance) not in (int, float) or self.guidance != self.guidance:
+            raise ValueError(f"Sampling.guidance must be a number, got {self.guidance!r}")
 
     def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T, H, W) of the latents of a video of that many frames and pixels."""

@@ -20,7 +20,7 @@ class Cost:
 
     parts: Mapping[Part, int]  # operations of one computed site of each part
     rest: int  # operations of everything else in a call: embeddings, modulation, final layer
-    prepare: int  # operations before the first call, once a run: the caption's keys and values
+    prepare: int  # operations before the first call, once a run: what is told, the caption's keys and values
     update_bytes: int  # of one kept update, or of the tokens
     output_bytes: int  # of what the final layer makes
 

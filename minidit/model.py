@@ -101,8 +101,13 @@ class DiT(nn.Module):
         return [self.blocks[block][part] for block, part in self.sites]
 
     def spatial(self) -> DiT:
-        """The model without its temporal blocks, sharing its weights: how LatteT2V makes images."""
+        """The model without its temporal blocks, sharing its weights: how LatteT2V makes images.
+
+        Raises ValueError for a model with temporal attention in every block.
+        """
         keep = [i for i, block in enumerate(self.config.blocks) if "temporal" not in block]
+        if not keep:
+            raise ValueError("this model has temporal attention in every block: without those, nothing is left of it")
         blocks = tuple(self.config.blocks[i] for i in keep)
         kept = [layer * len(self.config.blocks) + i for layer in range(self.config.depth) for i in keep]
         with torch.device("meta"):
@@ -113,7 +118,7 @@ class DiT(nn.Module):
         for new, old in enumerate(kept):
             names |= {f"blocks.{new}.{name}": f"blocks.{old}.{name}" for name in self.blocks[old].state_dict()}
         model.load_state_dict({new: state[old] for new, old in names.items()}, assign=True)
-        return model.train(self.training)
+        return model.train(self.training).requires_grad_(self.patch.weight.requires_grad)
 
     def null(self, text: Tensor) -> Tensor:
         """What stands for no caption or class beside text, of the same shape. ValueError if the model learned none."""

@@ -210,6 +210,11 @@ class Layout:
     speed: Speed = H100  # to choose it by
 
     @property
+    def first(self) -> bool:
+        """Whether this rank is the one of them that tells and writes."""
+        return all(group is None or dist.get_rank(group) == 0 for group in (self.sequence, self.guidance))
+
+    @property
     def half(self) -> int:
         """0: the captions are this rank's, 1: the null captions."""
         return dist.get_rank(self.guidance)

@@ -555,6 +555,40 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(monkeypatch, capsys, place, publi
     assert sorted(place.iterdir()) == before
 
 
+def test_captions_of_a_file_become_videos_in_a_folder_but_those_that_are_there(models, place, capsys):
+    (place / "captions").write_text("a red circle moves\n\n a circle\n")
+    command = ["generate", "--prompts", "captions", "--out", "videos", "--kind", "gif"]
+    command += ["--model", str(models / "small")]
+    assert cli.main(command) == 0
+    assert sorted(path.name for path in (place / "videos").iterdir()) == ["0000.gif", "0002.gif"]
+    out = capsys.readouterr().out
+    assert "0000.gif" in out and out.endswith("2 videos made in videos, of which 2 here\n")
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == "0 videos made in videos, of which 0 here\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["a circle", "--prompts", "captions"], "give a caption, or a file of them with --prompts"),
+        (["--prompts", "captions", "--out", "one.mp4"], "name a folder for them with --out, not one.mp4"),
+        (["--prompts", "nowhere", "--out", "videos"], "nowhere: No such file"),
+        (["a circle", "--axis", "frames"], "are for several ranks: start them with torchrun"),
+        (["a circle", "--data", "2"], "are for several ranks: start them with torchrun"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(complaint, argv, said):
+    assert said in complaint("generate", *argv)
+
+
+def test_the_plan_for_several_ranks_is_the_papers_table(capsys):
+    out = planned(capsys, *OPEN_SORA, "--pyramid", "none", "--ranks", "1,8", "--link", "50")
+    assert "predicted, at 500 TFLOP/s and 50 GB/s of each rank" in out
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("1 ", "8 "))]
+    assert ["8", "frames", "2", "of", "15", "23.08", "46.16", "1710"] in [row[:8] for row in rows]
+    assert all(row[5:8] == ["0.00", "0.00", "0"] for row in rows if row[0] == "1")
+
+
 @pytest.mark.parametrize("argv", [["draw"], ["generate"], ["convert"], ["--model", "tiny"]])
 def test_a_command_line_that_makes_no_sense_is_one_line(complaint, argv):
     assert "--help)" in complaint(*argv)

@@ -172,6 +172,12 @@ def test_a_setting_of_the_sampling_is_positive(name):
         replace(OPENSORA.sampling, **{name: 0})
 
 
+@pytest.mark.parametrize("guidance", [None, "7", True, float("nan")])
+def test_a_guidance_is_a_number(guidance):
+    with pytest.raises(ValueError, match=f"Sampling.guidance must be a number, got {guidance!r}"):
+        replace(OPENSORA.sampling, guidance=guidance)
+
+
 @pytest.mark.parametrize("prediction", ["noise", "score", None])
 def test_rectified_flow_goes_by_a_velocity_or_a_sample(prediction):
     message = f"Sampling.prediction must be 'velocity' or 'sample' for rectified-flow, got {prediction!r}"

@@ -113,10 +113,13 @@ def test_every_stage_on_the_way_is_that_of_the_original(golden):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_without_its_temporal_blocks_a_model_shares_the_weights_of_the_others(family):
-    if all("temporal" in block for block in family.config.blocks):
-        return
     model = model_of(family)
+    if all("temporal" in block for block in family.config.blocks):
+        with pytest.raises(ValueError, match="this model has temporal attention in every block"):
+            model.spatial()
+        return
     images = model.spatial()
+    assert not images.training and not any(parameter.requires_grad for parameter in images.parameters())
     assert {site.part for site in images.sites} == {site.part for site in model.sites} - {"temporal"}
     theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
     assert all(tensor.data_ptr() in theirs for tensor in images.state_dict().values())

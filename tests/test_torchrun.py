@@ -62,6 +62,21 @@ def test_what_all_ranks_find_wrong_is_said_once(torchrun, tmp_path):
     assert refused.returncode != 0 and not list(tmp_path.iterdir())
 
 
+def test_the_captions_of_a_file_are_shared_out_and_what_is_there_is_kept(torchrun, tmp_path):
+    captions = ["a red circle rises", "a blue star grows", "", "a white square falls"]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "0001.png").write_text("made before")
+    options = ["--prompts", "captions.txt", "--out", "videos", "--kind", "png", "--steps", "2", "--data", "2"]
+    output, errors = torchrun(2, "-m", "minidit", "generate", *options).communicate(timeout=120)
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["0000.png", "0001.png", "0003.png"], errors
+    assert (tmp_path / "videos" / "0001.png").read_text() == "made before"
+    assert output.count("wrote") == 2 and "2 videos made in videos, of which 1 here" in output
+    alone = ["generate", captions[3], "--seed", "3", "--steps", "2", "--out", str(tmp_path / "alone.png")]
+    assert cli.main(alone) == 0
+    assert torch.equal(pixels(tmp_path / "alone.png"), pixels(tmp_path / "videos" / "0003.png"))
+
+
 def workers(parent):
     """The processes that torchrun started."""
     children = (Path(f"/proc/{parent}/task/{parent}/children")).read_text().split()
@@ -76,7 +91,6 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_file(torchrun, tmp_pat
     os.kill(workers(run.pid)[-1], signal.SIGKILL)
     start = time.monotonic()
     _, errors = run.communicate(timeout=60)
-    print(errors)
     assert run.returncode != 0 and time.monotonic() - start < 60
     assert not list(tmp_path.iterdir())
 

@@ -23,7 +23,7 @@ from minidit import checkpoint, tensors
 from minidit.config import ModelConfig
 from minidit.presets import PRESETS
 from minidit.tensors import LIMIT, SAFE, Stored
-from minidit.weights.families import PUBLISHED, misfit, recognise, skeleton
+from minidit.weights.families import PUBLISHED, misfit, recognise, skeleton, upstream
 from minidit.weights.rules import (
     DROPPED,
     Applied,
@@ -212,6 +212,10 @@ def _fitting(place: Place, stored: Stored, model: str | None, config: ModelConfi
         except ValueError as error:
             raise ValueError(f"{place.path}: {error}") from error
     config = config or PRESETS[model]
+    try:
+        upstream(model, config)
+    except ValueError as error:
+        raise ValueError(f"the config is not that of a model like {model}: {error}") from error
     if wrong := tensors.told(misfit(model, config, stored.meta)):
         raise ValueError(f"{place.path} does not fit {model}, tensors are wrong: {wrong}")
     return model, config
@@ -239,7 +243,8 @@ def _read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(report, dict) or not isinstance(report.get("dropped"), dict):
+    kinds = {"model": str, "dropped": dict}
+    if not isinstance(report, dict) or any(not isinstance(report.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path}: not the report of a conversion, expected an object with 'model' and 'dropped'")
     return report
 

@@ -21,7 +21,7 @@ class Place:
 
 def locate(source: str) -> Place:
     """Fetches what is on the hub and not in its cache. Raises OSError, ValueError or ImportError."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists():
         return Place(find(path))
     name = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", source)

@@ -221,7 +221,10 @@ def test_a_model_that_was_saved_and_not_converted_goes_back_if_it_is_named(weigh
     assert bits(read("back")) == bits(weights)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"model": "x"}', '{"model": "x", "dropped": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"model": [], "dropped": {}}', '{"model": "x"}', '{"model": "x", "dropped": 1}'],
+)
 def test_a_report_that_is_none_is_refused(weights, text):
     save_file(weights, "model.safetensors")
     prepare("model.safetensors", "out", **KNOWN).run()
@@ -387,6 +390,11 @@ def test_every_problem_is_counted_and_the_first_ten_are_named(weights):
 def test_another_family_is_refused_with_the_closest(weights):
     assert "opensora-1.2 is closest, but there are 884 missing: " in refusal(one_file(weights))
     assert "does not fit opensora-1.1, tensors are wrong: " in refusal("model.safetensors", model="opensora-1.1")
+
+
+def test_a_config_of_another_architecture_is_refused(weights):
+    message = refusal(one_file(weights), model="opensora-1.1", config=STDIT3.config)
+    assert message.startswith("the config is not that of a model like opensora-1.1: ") and "28 missing: " in message
 
 
 def test_a_full_size_checkpoint_is_recognised_by_its_header_alone():

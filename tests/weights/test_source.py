@@ -72,7 +72,9 @@ def test_a_folder_without_a_checkpoint_is_told():
     assert "folder holds no checkpoint, itself or in transformer/, model/: " in refusal("folder", FileNotFoundError)
 
 
-@pytest.mark.parametrize("source", ["gone", "gone.pt", "gone/model.pt", "./a/b", "/a/b", "here/b", "here/b/c", "a//b"])
+@pytest.mark.parametrize(
+    "source", ["gone", "gone.pt", "gone/model.pt", "./a/b", "/a/b", "here/b", "here/b/c", "a//b", "~no/b"]
+)
 def test_what_can_be_no_name_on_the_hub_is_not_looked_for_there(monkeypatch, source):
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=pytest.fail))
     files("here", "a")
