@@ -39,7 +39,7 @@ TINY = replace(
     caption_dim=6,
     caption_length=4,
     positions=replace(BASE.positions, base=32),
-    sampling=replace(BASE.sampling, shift=1.0),
+    sampling=replace(BASE.sampling, shift=1.0, guided=2),
 )
 ALWAYS = Window(-1, 1001)
 EVERY_SECOND = Pyramid(**dict.fromkeys(PARTS, Broadcast(2, ALWAYS)))
@@ -351,6 +351,7 @@ def models_and_runs(draw):
         in_channels=channels,
         out_channels=channels + draw(st.integers(0, 2)),
         caption_dim=draw(st.integers(1, 9)),
+        sampling=replace(TINY.sampling, guided=channels),
     )
     return config, draw(runs(guidance=(1.0, 3.0)))
 

@@ -158,6 +158,13 @@ def test_every_architecture_makes_the_same_latents_on_two_ranks(ranks, preset, a
         assert error(made, alone) < 1e-5
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_so_does_every_recipe(ranks, name):
+    alone = latents("opensora-1.2", (3, 5, 3), RECIPES[name], 3.0)
+    for made, _ in ranks.run(shared, 3, 3, None, "opensora-1.2", (3, 5, 3), RECIPES[name], 3.0):
+        assert error(made, alone) < 1e-5
+
+
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
 always = st.builds(Broadcast, st.integers(1, 4), st.just(ALWAYS))
 fast = st.builds(Pyramid, spatial=always, temporal=always, cross=always, mlp=always)
