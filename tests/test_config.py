@@ -273,6 +273,26 @@ def test_tokens_are_patches_and_a_part_of_one_counts(latent, tokens):
     assert OPENSORA.tokens(latent) == tokens
 
 
+@pytest.mark.parametrize(
+    ("name", "latent", "message"),
+    [
+        ("opensora-1.0-16x512x512", (16, 63, 64), r"takes latents of whole patches, \(2, 2\), got \(63, 64\)"),
+        ("opensora-1.0-16x512x512", (16, 64, 63), r"takes latents of whole patches, \(2, 2\), got \(64, 63\)"),
+        ("latte-t2v", (16, 1, 64), r"latents of \(1, 64\) have no patch of \(2, 2\)"),
+        ("latte", (16, 32, 30), "has positions for 256 places, got 16 x 15"),
+        ("latte", (17, 32, 32), "has positions for 16 frames, got 17"),
+    ],
+)
+def test_latents_that_a_model_does_not_take_are_refused(name, latent, message):
+    with pytest.raises(ValueError, match=message):
+        PRESETS[name].tokens(latent)
+
+
+def test_a_rest_of_a_patch_is_filled_or_cut():
+    assert PRESETS["opensora-1.2"].grid((1, 5, 7)) == (3, 4)
+    assert PRESETS["latte-t2v"].grid((1, 5, 7)) == (2, 3)
+
+
 # the order of the forward
 
 

@@ -51,6 +51,13 @@ def test_the_output_is_that_of_the_original(family, case):
     assert error(out, theirs) < 2e-5
 
 
+def test_no_class_is_the_label_after_the_last():
+    family = next(family for family in FAMILIES if family.preset == "latte-ucf101")
+    (guided,) = (case for case, said in family.cases.items() if said["mode"] == "cfg")
+    label, none = given_to(family, guided)["y"]
+    assert model_of(family).null(label[None]).tolist() == [none] == [family.config.classes]
+
+
 STAGES = {  # golden -> the original's module: ours
     "stdit2_a": {
         "t_embedder": "timestep",

@@ -15,11 +15,13 @@ from minidit.cache import Cache
 from minidit.model import DiT
 from minidit.presets import PRESETS
 
+FEWER = {"latte": 60, "latte-ucf101": 60, "opensora-plan-1.0-65x512x512": 60}  # steps, than 250: a test of seconds
 SIZES = {"latte": (5, 48, 48), "latte-ucf101": (5, 48, 48), "opensora-1.2": (17, 32, 48)}  # frames, height, width
 CONFIGS = {
     family.preset: pipeline.asked(
         replace(family.config, depth=1, dim=24, heads=2, mlp_ratio=1.0),
         **dict(zip(("frames", "height", "width"), SIZES.get(family.preset, (3, 32, 48)), strict=True)),
+        steps=FEWER.get(family.preset),
     )
     for family in FAMILIES
 }

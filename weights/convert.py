@@ -162,6 +162,8 @@ def prepare(
         place, config = Place(checkpoint.weights(folder)), checkpoint.load_config(folder)
         stored, model = _converted(folder, config, model)
         rules = tuple(map(inverse, PUBLISHED[model].rules(config)))
+    elif (Path(source) / REPORT).is_file():
+        raise ValueError(f"{source} was converted here already: --inverse goes back to the published names")
     else:
         place = locate(source)
         stored, prefix = _without_prefix(tensors.read(place.path))

@@ -75,6 +75,6 @@ def _fetch(source: str, repository: str, inside: str) -> Path:
         folder = fetch(base, but=f"{base}*/*")  # a * of the hub stands for folders, too
         found = (folder / inside).is_file() or _checkpoints(folder / inside)
         return folder if found else fetch(*(f"{base}{name}/" for name in FOLDERS))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # a connection can fail in any way, as an error of httpx, which is no OSError, too
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(f"{source} does not exist, and could not be had from the hub: {reason}") from error

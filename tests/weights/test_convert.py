@@ -203,6 +203,12 @@ def report_of_rules(known, name):
     return why
 
 
+def test_a_folder_that_was_converted_is_not_converted_again(weights):
+    prepare(one_file(weights), "out", **KNOWN).run()
+    message = "out was converted here already: --inverse goes back to the published names"
+    assert refusal("out", "again", **KNOWN) == message
+
+
 def test_a_way_back_without_what_was_dropped_is_refused(with_buffer):
     known, _ = with_buffer
     prepare("buffer.safetensors", "out", **known).run()
@@ -278,6 +284,17 @@ def test_what_is_told_beforehand_is_what_is_written(weights):
         assert not Path(f"out{verify}").exists()
         job.run(verify=verify, advance=done.append)
         assert sum(done) == job.work(verify=verify)
+        done.clear()
+        back = prepare(f"out{verify}", f"back{verify}", back=True)
+        back.run(verify=verify, advance=done.append)
+        assert sum(done) == back.work(verify=verify)
+
+
+def test_a_prefix_that_not_all_names_have_is_a_part_of_a_name(weights):
+    first, *rest = weights
+    some = {f"module.{first}": weights[first]} | {name: weights[name] for name in rest}
+    assert f"1 missing: '{first}' " in (message := refusal(one_file(some), **KNOWN))
+    assert f"1 unknown: 'module.{first}' " in message
 
 
 def test_a_tensor_that_comes_back_changed_is_found(weights, monkeypatch):
@@ -287,6 +304,14 @@ def test_a_tensor_that_comes_back_changed_is_found(weights, monkeypatch):
     monkeypatch.setattr(tensors, "cast", forget)
     said = "1 came back as other numbers: 'temporal_blocks.1.scale_shift_table'; nothing was kept"
     assert said in refusal(one_file(weights), kind=OSError, **KNOWN)
+
+
+def test_a_dtype_that_was_not_asked_for_is_found(weights, monkeypatch):
+    def other(folder, made, meta, write=tensors.write, **options):
+        write(folder, made, {name: tensor.double() for name, tensor in meta.items()}, **options)
+
+    monkeypatch.setattr(tensors, "write", other)
+    assert f"{len(weights)} came back as other numbers: " in refusal(one_file(weights), kind=OSError, **KNOWN)
 
 
 # memory
@@ -501,21 +526,23 @@ def test_a_conversion_that_stops_between_files_leaves_nothing(weights, monkeypat
 
 
 class FullDisk(io.FileIO):
-    room = 500_000
+    room, error = 500_000, errno.ENOSPC
 
     def write(self, data):
         if self.tell() + len(data) > self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(self.error, os.strerror(self.error))
         return super().write(data)
 
 
-def test_a_full_disk_is_told_with_the_room_needed(weights, monkeypatch):
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_with_the_room_needed(weights, monkeypatch, error):
     job = prepare(one_file(weights), "out", **KNOWN)
+    monkeypatch.setattr(FullDisk, "error", error)
     monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError) as caught:
         job.run()
-    assert str(error.value) == (
-        "out: No space left on device, nothing was kept: make room for 1.4 MB, or name another disk"
+    assert str(caught.value) == (
+        f"out: {os.strerror(error)}, nothing was kept: make room for 1.4 MB, or name another disk"
     )
     assert [path.name for path in Path().iterdir()] == ["model.safetensors"]
 

@@ -9,6 +9,7 @@ from minidit.weights.families import PUBLISHED, Published, recognise, upstream
 from minidit.weights.rules import Drop
 
 MANIFEST = Path(__file__).parents[1] / "manifests/opensora_v12_stdit3_xl2.json"
+SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
 TWINS = ("opensora-1.0-16x512x512", "opensora-1.0-16x256x256")  # of one shape
 
 
@@ -65,6 +66,37 @@ def test_of_checkpoints_that_look_the_same_the_place_on_the_hub_decides():
             assert recognise(found, place) == name and recognise(found, f"{place}/model.safetensors") == name
     for hub in (None, "someone/else/model.safetensors", PUBLISHED[TWINS[0]].hub[0] + "x"):
         assert refusal(found, hub) == f"these tensors may be those of {', '.join(TWINS)}: say which with --model NAME"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("hpcai-tech/OpenSora-STDiT-v3/model.safetensors", "opensora-1.2"),
+        ("hpcai-tech/OpenSora-STDiT-v2-stage3/model.safetensors", "opensora-1.1"),
+        ("hpcai-tech/Open-Sora/OpenSora-v1-HQ-16x512x512.pth", "opensora-1.0-16x512x512"),
+        ("hpcai-tech/Open-Sora/OpenSora-v1-HQ-16x256x256.pth", "opensora-1.0-16x256x256"),
+        ("maxin-cn/Latte/ucf101.pt", "latte-ucf101"),
+        ("maxin-cn/Latte/ffs.pt", "latte"),
+        ("maxin-cn/Latte/skytimelapse.pt", "latte"),
+        ("maxin-cn/Latte/taichi-hd.pt", "latte"),
+        ("maxin-cn/Latte/t2v_required_models/transformer/diffusion_pytorch_model.safetensors", "latte-t2v"),
+        ("maxin-cn/Latte-0/transformer/diffusion_pytorch_model.safetensors", "latte-t2v"),
+        ("maxin-cn/Latte-1/transformer/diffusion_pytorch_model.safetensors", "latte-t2v"),
+        *(
+            (f"LanguageBind/Open-Sora-Plan-v{version}.0/{size}/{SHARD}", f"opensora-plan-{version}-{size}")
+            for version, size in [
+                ("1.1", "65x512x512"),
+                ("1.1", "221x512x512"),
+                ("1.0", "65x512x512"),
+                ("1.0", "65x256x256"),
+                ("1.0", "17x256x256"),
+            ]
+        ),
+    ],
+)
+def test_a_file_on_the_hub_is_that_of_one_model(file, name):
+    assert [model for model, known in PUBLISHED.items() if known.is_at(file)] == [name]
+    assert recognise(published(name), file) == name
 
 
 def test_a_place_on_the_hub_is_a_repository_or_a_path_in_it():

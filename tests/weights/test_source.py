@@ -154,6 +154,16 @@ def test_what_the_hub_does_not_have_is_told_in_one_line(hub):
     assert "org/name on the hub: cache/abc123 holds no checkpoint" in refusal("org/name", ValueError)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("403\n Forbidden"), type("ProxyError", (Exception,), {})()])
+def test_a_connection_that_fails_in_any_way_is_told_in_one_line(monkeypatch, error):
+    def snapshot_download(*_, **__):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    reason = "403 Forbidden" if str(error) else "ProxyError"
+    assert refusal("org/name", FileNotFoundError).endswith(f"could not be had from the hub: {reason}")
+
+
 def test_without_the_package_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="^org/name does not exist here, and to look for it on the hub") as error:
