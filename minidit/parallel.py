@@ -234,10 +234,11 @@ class Layout:
 
     def agree(self, device: torch.device, **given: object) -> None:
         """Raises ValueError, naming the first that differs, unless all ranks were given the same."""
+        groups = [group for group in (self.sequence, self.guidance) if group is not None]
+        if not groups:  # one rank alone need not read its tensors back from the device
+            return
         digests = torch.tensor([_digest(value) for value in given.values()], device=device)
-        for group in (self.sequence, self.guidance):
-            if group is None:
-                continue
+        for group in groups:
             all_digests = gather(digests[None], [1] * dist.get_world_size(group), group)
             for name, same in zip(given, (all_digests == digests).all(0).tolist(), strict=True):
                 if not same:

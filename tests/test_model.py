@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from families import error, of_batch
 from minidit.broadcast import Broadcast, Pyramid, Window, plan
 from minidit.cache import Cache
 from minidit.model import DiT
@@ -52,16 +53,6 @@ def run_case(model, golden, case):
     )
     mask = given["x_mask"].bool() if "x_mask" in given else None
     return model(x, given["timestep"], cond, frame_mask=mask), cond
-
-
-def of_batch(rows, batch):
-    """The original repeats what has fewer rows than the batch; here the caller does."""
-    return rows.repeat(batch // len(rows))
-
-
-def error(ours, theirs):
-    """The largest difference as a part of the largest value."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def prepared(model, x, lengths=None, fps=24.0):

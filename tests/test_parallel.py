@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from families import FAMILIES
+from families import FAMILIES, error
 from minidit import parallel, pipeline, samplers, sampling
 from minidit.broadcast import RECIPES, Broadcast, Pyramid, Window, plan
 from minidit.cost import Cost, cost
@@ -143,10 +143,6 @@ def shared(groups, pairs, size, axis, preset, latent, pyramid, guidance, frames=
 
 ALWAYS = Window(-1, 1001)
 MIXED = Pyramid(spatial=Broadcast(2, ALWAYS), temporal=Broadcast(3, ALWAYS), cross=Broadcast(4, ALWAYS))
-
-
-def error(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize("axis", ["frames", "places"])
