@@ -15,9 +15,32 @@ from torch import Tensor
 Axis = Literal["spatial", "temporal"]
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift. x: (B, T, S, D); shift, scale: (B, T or 1, 1, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+class Update(NamedTuple):
+    """What a sublayer adds to the tokens: gate * a, rounded to their dtype before it is added."""
+
+    a: Tensor  # (B, T, S, D)
+    gate: Tensor | None  # (B, T or 1, 1, D), None: one
+
+
+def add_updates(x: Tensor, *updates: Update) -> Tensor:
+    """x + the updates, one after the other, each sum rounded. x: (B, T, S, D)."""
+    for a, gate in updates:
+        x = x + (a if gate is None else gate * a)
+    return x
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> tuple[Tensor, Tensor]:
+    """x with the updates added, and LayerNorm(that) * (1 + scale) + shift.
+
+    x: (B, T, S, D); shift, scale: (B, T or 1, 1, D).
+    """
+    x = add_updates(x, *updates)
+    return x, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x @ weight.T + bias), by its tanh formula. x: (..., N); weight: (M, N); bias: (M,) -> (..., M)."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 class Rope(NamedTuple):
@@ -67,19 +90,6 @@ def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
     mask = None if lengths is None else caption_mask(lengths, kv.shape[1])[:, None, None]  # (B, 1, 1, L)
     x = F.scaled_dot_product_attention(rearrange(q, "b t s (h e) -> b h (t s) e", h=h), k, v, attn_mask=mask)
     return rearrange(x, "b h (t s) e -> b t s (h e)", t=t, s=s)
-
-
-def gated_residual(x: Tensor, a: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x + update, update), update = gate * a. x, a: (B, T, S, D); gate: (B, T or 1, 1, D), None: one."""
-    update = a if gate is None else gate * a
-    return x + update, update
-
-
-def add_updates(x: Tensor, *updates: Tensor) -> Tensor:
-    """x + u1 + u2 ..., one after the other, rounded as gated_residual rounds. All (B, T, S, D)."""
-    for update in updates:
-        x = x + update
-    return x
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

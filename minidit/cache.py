@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from minidit.broadcast import Act, Call, Plan, Site
+from minidit.kernels.reference import Update
 
 
 class Cache:
@@ -22,15 +23,15 @@ class Cache:
 
     def clear(self) -> None:
         """Forget everything, as if the run had not begun."""
-        self._held: dict[Site, Tensor] = {}
+        self._held: dict[Site, Update] = {}
         self._next = 0
         self.peak_bytes = 0
         self._like: tuple[object, ...] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
-        return sum(update.nbytes for update in self._held.values())
+        """Bytes of the tokens held now. The gates beside them, one for all places of a frame, are not counted."""
+        return sum(update.a.nbytes for update in self._held.values())
 
     def begin(self, call: Call, sites: Sequence[Site], x: Tensor) -> None:
         """Called once a model call, before its first sublayer. x: the tokens (B, T, S, D).
@@ -57,11 +58,11 @@ class Cache:
             raise ValueError(f"the run began with tokens {self._like}, call {call.index} has {like}: begin a new run")
         self._like, self._next = like, call.index + 1
 
-    def keep(self, site: Site, update: Tensor) -> None:
+    def keep(self, site: Site, update: Update) -> None:
         """Hold the update until its last reuse, without a copy."""
         self._held[site] = update
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
 
-    def take(self, site: Site, *, last: bool) -> Tensor:
+    def take(self, site: Site, *, last: bool) -> Update:
         """The kept update; freed here if this is its last reuse."""
         return self._held.pop(site) if last else self._held[site]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidit import ops
 from minidit.config import ModelConfig
-from minidit.kernels import reference as ops
+from minidit.kernels.reference import Axis, Rope, Update
 from minidit.parallel import Shares
 
 Caption = tuple[Tensor, Tensor | None]  # keys and values (B, L, 2, H, E), lengths (B,)
@@ -18,7 +20,7 @@ Caption = tuple[Tensor, Tensor | None]  # keys and values (B, L, 2, H, E), lengt
 class Around(NamedTuple):
     """What self-attention needs beside the tokens: None where it does not."""
 
-    rope: ops.Rope | None = None  # temporal: the frames' rotary positions
+    rope: Rope | None = None  # temporal: the frames' rotary positions
     table: Tensor | None = None  # temporal: the frames' positions (T, D), for what attention sees alone
     bias: Tensor | None = None  # spatial: (B, T, S), added to the scores of keys
     shares: Shares | None = None  # where the attended axis is shared among ranks
@@ -27,7 +29,7 @@ class Around(NamedTuple):
 class SelfAttention(nn.Module):
     """Attention within a frame (axis "spatial") or along a place's frames ("temporal"), QK-RMSNorm, RoPE."""
 
-    def __init__(self, config: ModelConfig, axis: ops.Axis) -> None:
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__()
         self.heads, self.axis = config.heads, axis
         self.rope_first = config.positions.time == "rope-before-norm"
@@ -79,14 +81,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         """x: (..., dim) -> (..., out)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class Sublayer(nn.Module):
-    """One site of the model: x -> (x + update, update).
+    """One site of the model: tokens -> what it adds to them, gate * f(norm(x) * (1 + scale) + shift).
 
-    With rows (shift, scale, gate), update = gate * f(norm(x) * (1 + scale) + shift); normed False leaves out norm,
-    shift and scale, as Open-Sora 1.0's temporal attention does. Without rows, update = f(x): cross-attention.
+    normed False leaves out norm, shift and scale, as Open-Sora 1.0's temporal attention does. Without rows (shift,
+    scale, gate) it is f(x): cross-attention.
 
     What the time asks for becomes rows by what the sublayer has: a table (3, D) that is added to it, a linear layer
     that makes them of it, or neither, where the rows are those of another sublayer.
@@ -114,13 +116,20 @@ class Sublayer(nn.Module):
         assert self.table is not None
         return self.table + modulation
 
-    def forward(self, x: Tensor, rows: Tensor | None, context: Any) -> tuple[Tensor, Tensor]:
-        """x: (B, T, S, D); rows: (B, T or 1, 3, D) shift, scale, gate; context: what f needs beside the tokens."""
+    def forward(self, x: Tensor, pending: Sequence[Update], rows: Tensor | None, context: Any) -> tuple[Tensor, Update]:
+        """The tokens with what is pending, added in the pass that norms them; and this site's own update, not added.
+
+        x: (B, T, S, D); rows: (B, T or 1, 3, D) shift, scale, gate; context: what f needs beside the tokens.
+        """
         if rows is None:
-            return ops.gated_residual(x, self.f(x, context), None)
+            x = ops.add_updates(x, *pending)
+            return x, Update(self.f(x, context), None)
         shift, scale, gate = rows[:, :, :, None].unbind(2)  # each (B, T or 1, 1, D)
-        z = ops.norm_modulate(x, shift, scale) if self.normed else x
-        return ops.gated_residual(x, self.f(z, context), gate)
+        if self.normed:
+            x, z = ops.norm_modulate(x, shift, scale, *pending)
+        else:
+            x = z = ops.add_updates(x, *pending)
+        return x, Update(self.f(z, context), gate)
 
 
 class Final(nn.Module):
@@ -132,20 +141,27 @@ class Final(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim) if rows == "linear" else None
         self.linear = nn.Linear(dim, out)
 
-    def forward(self, x: Tensor, time: Tensor, clean: Tensor | None, frame_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        pending: Sequence[Update],
+        time: Tensor,
+        clean: Tensor | None,
+        frame_mask: Tensor | None,
+    ) -> Tensor:
         """x: (B, T, S, D); time, clean: (B, D) embeddings of t and of 0; frame_mask: (B, T) -> (B, T, S, out)."""
-        z = self._modulate(x, time)
+        z = self._modulate(x, time, *pending)
         if clean is not None and frame_mask is not None:
             # Open-Sora trained with it: a clean frame is normalised again, after the modulation of a noisy one
             # (v1.2.0, opensora/models/layers/blocks.py: T2IFinalLayer.forward)
             z = torch.where(frame_mask[:, :, None, None], z, self._modulate(z, clean))
         return self.linear(z)
 
-    def _modulate(self, x: Tensor, time: Tensor) -> Tensor:
+    def _modulate(self, x: Tensor, time: Tensor, *pending: Update) -> Tensor:
         if self.modulation is not None:
             rows = self.modulation(F.silu(time)).unflatten(-1, (2, -1))  # (B, 2, D)
         else:
             assert self.table is not None
             rows = self.table + time[:, None]
         shift, scale = rows[:, :, None, None].unbind(1)
-        return ops.norm_modulate(x, shift, scale)
+        return ops.norm_modulate(x, shift, scale, *pending)[1]

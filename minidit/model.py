@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit import embed
+from minidit import embed, ops
 from minidit.broadcast import PARTS, Act, Call, Part, Site
 from minidit.cache import Cache
 from minidit.caption import CaptionEncoder
 from minidit.condition import Condition, Told
 from minidit.config import ModelConfig
-from minidit.kernels import reference as ops
+from minidit.kernels.reference import Rope, Update
 from minidit.layers import Around, CrossAttention, Final, Mlp, SelfAttention, Sublayer
 from minidit.parallel import Shares, alone
 
@@ -165,7 +165,7 @@ class DiT(nn.Module):
         moments = self._moments(latent[0])
         rope = None
         if config.positions.time.startswith("rope"):
-            rope = ops.Rope(*embed.rope_table(self.rope_freqs, latent[0]))
+            rope = Rope(*embed.rope_table(self.rope_freqs, latent[0]))
         first = next((site for site in self.sites if site.part == "temporal"), None)
         branch = config.positions.time == "branch"
         shares = shares or alone(*config.tokens(latent))
@@ -244,18 +244,22 @@ class DiT(nn.Module):
         acts = call.acts if call else (Act.COMPUTE,) * len(self.sites)
         last = call.last if call else (False,) * len(self.sites)
 
+        pending: list[Update] = []  # what is still to be added to x, by the next pass over it
         sublayers = zip(self.sites, self.sublayers, cond.contexts, acts, last, strict=True)
         for site, sublayer, context, act, done in sublayers:
             if site in cond.tables:
-                x = x + cond.tables[site]
+                x, pending = ops.add_updates(x, *pending) + cond.tables[site], []
             if cache and act is Act.REUSE:
-                x = ops.add_updates(x, cache.take(site, last=done))
+                pending.append(cache.take(site, last=done))
                 continue
-            x, update = sublayer(x, self._rows(site, modulation), context)
+            x, update = sublayer(x, pending, self._rows(site, modulation), context)
+            pending = [update]
             if cache and act is Act.STORE:
                 cache.keep(site, update)
 
-        x = self.final(x, time + cond.told.final, None if clean is None else clean + cond.told.clean, frame_mask)
+        x = self.final(
+            x, pending, time + cond.told.final, None if clean is None else clean + cond.told.clean, frame_mask
+        )
         x = cond.shares.gather(x)
         return embed.unpatchify(x, self.config.patch, self.config.grid(cond.latent))[..., :height, :width]
 

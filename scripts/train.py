@@ -80,6 +80,15 @@ EVERY = 50  # steps between two points of the loss curve
 DROPPED = 0.1  # of the captions, so that guidance has something to move away from
 
 
+def draw(rng: random.Random) -> shapes.Scene:
+    """A scene to learn from: more often than by chance of what is hard, two actors, and small ones."""
+    actors = rng.choice((1, 2))
+    scene = shapes.sample_scene(rng, actors=actors)
+    if any(actor.size == "small" for actor in scene.actors):
+        return scene
+    return shapes.sample_scene(rng, actors=actors)
+
+
 class Scenes(Dataset[tuple[Tensor, Tensor]]):
     """Item i is this rank's share of step i's batch: packed scenes (B, 2, 15) and caption tokens (B, L)."""
 
@@ -92,8 +101,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rngs = [random.Random(f"{self.args.seed} {step} {i}") for i in range(self.args.batch)[self.share]]
-        # two actors as often as one: which colour goes with which motion is what is hard to learn
-        scenes = [shapes.sample_scene(rng, actors=rng.choice((1, 2))) for rng in rngs]
+        scenes = [draw(rng) for rng in rngs]
         captions = [shapes.caption(scene, rng) for scene, rng in zip(scenes, rngs, strict=True)]
         return shapes.pack(scenes), self.tokenize(captions)
 

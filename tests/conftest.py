@@ -4,6 +4,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported: kernels then run on the CPU, slowly
+
 # tests are small: two threads that wait for each other take longer than one, and much longer on a busy computer
 torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minidit.config import ModelConfig
+from minidit.kernels.reference import add_updates
 from minidit.model import Conditioning, DiT
 from minidit.presets import PRESETS
 
@@ -124,3 +125,8 @@ RECIPE = {  # the paper's, of each published model
 
 def recipe(preset: str) -> str:
     return next(name for start, name in RECIPE.items() if preset.startswith(start))
+
+
+def stage(out: Any) -> Tensor:
+    """The tokens that a layer hands on: a sublayer's with its own update, which it leaves to the next one to add."""
+    return add_updates(out[0], out[1]) if isinstance(out, tuple) else out

@@ -125,7 +125,7 @@ class Watched(Cache):
     def keep(self, site, update):
         super().keep(site, update)
         self.most = max(self.most, self.nbytes)
-        kept.append(weakref.ref(update))
+        kept.append(weakref.ref(update.a))
 
 
 def alive():
@@ -168,9 +168,9 @@ def test_a_stored_and_then_reused_step_is_bitwise_the_computed_step_on_the_same_
 
 
 def tokens(layer, model, *call):
-    """The tokens that reach a layer in one call of the model."""
+    """The tokens that reach a layer in one call of the model, with all that is to be added to them."""
     seen = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(reference.add_updates(inputs[0], *inputs[1])))
     model(*call)
     hook.remove()
     return seen[0]
@@ -200,10 +200,12 @@ def test_a_changed_update_changes_the_reusing_call_by_the_change(site):
     for cache in (clean, poisoned):
         model(x, 800.0, cond, table[0], cache)
     poison = torch.randn(2, generator=torch.Generator().manual_seed(2))[0]
-    poisoned.take(site, last=False).add_(poison)
+    update = poisoned.take(site, last=False)
+    update.a.add_(poison)
     ends = [tokens(model.final, model, x, 400.0, cond, table[1], cache) for cache in (poisoned, clean)]
     change = ends[0] - ends[1]
-    torch.testing.assert_close(change, poison.expand_as(change), atol=1e-5, rtol=0)
+    expected = poison if update.gate is None else poison * update.gate
+    torch.testing.assert_close(change, expected.expand_as(change), atol=1e-5, rtol=0)
 
 
 def test_broadcast_is_seen_in_these_models_videos():
@@ -386,7 +388,7 @@ def test_each_half_keeps_updates_of_its_own(monkeypatch):
 
     def on_step(step):
         cond, uncond = ([cache.take(site, last=False) for site in model.sites] for cache in caches)
-        different.append([not a.equal(b) for a, b in zip(cond, uncond, strict=True)])
+        different.append([not one.a.equal(other.a) for one, other in zip(cond, uncond, strict=True)])
         raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from families import FAMILIES, error, prepared
+from families import FAMILIES, error, prepared, stage
 from minidit import checkpoint
 from minidit.sampling import guide
 from minidit.weights.convert import prepare
@@ -102,7 +102,7 @@ def test_every_stage_on_the_way_is_that_of_the_original(golden):
     for theirs, ours in STAGES[golden].items():
 
         def hook(module, args, out, name=theirs):
-            stages[name] = out[0] if isinstance(out, tuple) else out  # a sublayer gives the stream and its update
+            stages[name] = stage(out)
 
         hooks.append(model.get_submodule(ours).register_forward_hook(hook))
     try:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from families import error, of_batch
+from families import error, of_batch, stage
 from minidit.broadcast import Broadcast, Pyramid, Window, plan
 from minidit.cache import Cache
 from minidit.model import DiT
@@ -88,7 +88,7 @@ def test_every_stage_on_the_way_is_that_of_the_original(model, golden):
 
     def watch(name):
         def hook(module, args, out):
-            stages[name] = out[0] if isinstance(out, tuple) else out  # a sublayer gives the stream and its update
+            stages[name] = stage(out)
 
         return hook
 

@@ -1,0 +1,47 @@
+"""What all kernels have in common: which tensors they take, and how a head is cut into powers of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why no kernel takes these tensors together, None: one may. All of them have to be of one dtype."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return "a gradient is needed, which kernels do not compute"
+    devices, dtypes = {tensor.device for tensor in given}, {tensor.dtype for tensor in given}
+    if len(devices) > 1:
+        return f"the tensors are on {' and '.join(sorted(map(str, devices)))}"
+    if not dtypes <= set(DTYPES) or len(dtypes) > 1:
+        return f"the tensors are {' and '.join(sorted(map(str, dtypes)))}, not all of float32, float16 or bfloat16"
+    if next(iter(devices)).type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"the tensors are on {next(iter(devices))}, not on a GPU"
+    return None
+
+
+def insist(op: str, reason: str | None) -> None:
+    """RuntimeError for a kernel that is called with what it does not take."""
+    if reason is not None:
+        raise RuntimeError(f"{op} cannot be computed by its Triton kernel: {reason}")
+
+
+def cut(channels: int) -> tuple[int, int]:
+    """(main, tail): widths of the two tiles of a head, powers of two of at least 16 that Triton can multiply.
+
+    72 = 64 + 8 becomes (64, 16), where one tile would have 128. A tail of 0: there is none.
+    """
+    main = max(16, triton.next_power_of_2(channels + 1) // 2)
+    rest = channels - main
+    return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+
+
+def widest(channels: int) -> int:
+    """The largest power of two that divides the channels."""
+    return channels & -channels

@@ -1,0 +1,337 @@
+"""Every kernel against its meaning, kernels/reference.py: in Triton's interpreter on a CPU, compiled on a GPU.
+
+The law of flash attention: a kernel is at most twice as far from float64 as torch in the same dtype. What only moves or
+adds is equal bit for bit. All that a kernel should write is NaN before, so that what it leaves out is seen.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minidit import ops
+from minidit.broadcast import PARTS, Broadcast, Pyramid, Window, plan
+from minidit.cache import Cache
+from minidit.embed import rope_frequencies, rope_table
+from minidit.kernels import reference
+from minidit.kernels.reference import Rope, Update
+from minidit.model import DiT
+from minidit.presets import PRESETS
+
+triton = pytest.importorskip("triton")
+from minidit.kernels import (  # noqa: E402
+    add_updates,
+    cross_attention,
+    flash,
+    launch,
+    linear_gelu,
+    norm_modulate,
+    self_attention,
+)
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# the interpreter's bfloat16 is wrong (Triton 3.9)
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+HEADS = [72, 64, 80, 96, 128, 16, 24, 8]  # channels of a head
+ROPES = ["no", "after", "before"]  # the norm
+few = settings(max_examples=25 if CUDA else 12)  # the interpreter takes a second for one
+dtypes = st.sampled_from(DTYPES)
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40))  # B, T, S
+pytestmark = pytest.mark.gpu if CUDA else []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unwritten_is_nan():
+    """Kernels allocate with these."""
+
+    def poisoned(allocate):
+        def f(*args, **options):
+            out = allocate(*args, **options)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return f
+
+    names = {name: poisoned(getattr(torch, name)) for name in ("empty", "empty_like")}
+    poisonous = SimpleNamespace(**{**vars(torch), **names})
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (add_updates, norm_modulate, self_attention, cross_attention):
+            patch.setattr(module, "torch", poisonous)
+        yield
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def wide(tree):
+    """The same in float64, where tensors are floats."""
+    if isinstance(tree, torch.Tensor):
+        return tree.double() if tree.is_floating_point() else tree
+    if isinstance(tree, tuple):
+        parts = [wide(part) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return tree
+
+
+def obeys(module, *args, **options):
+    """The law, for the kernel that a module is named after. args: of the kernel and of its meaning."""
+    op = module.__name__.rpartition(".")[2]
+    kernel, meaning = getattr(module, op), getattr(reference, op)
+    exact = meaning(*wide(args), **options)
+    ours, theirs = kernel(*args, **options), meaning(*args, **options)
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    error, allowed = ((out.double() - exact).abs().max().item() for out in (ours, theirs))
+    assert error <= 2 * allowed + 1e-6 * exact.abs().max().item(), (error, allowed)  # a NaN fails
+
+
+# the residual
+
+
+@st.composite
+def residuals(draw, most=3):
+    """Tokens and updates: with a gate a sample, a gate a frame, or none."""
+    (b, t, s), dtype = draw(sizes), draw(dtypes)
+    d = draw(st.sampled_from([8, 72, 288, 1152]))
+    gates = draw(st.lists(st.sampled_from([None, 1, t]), max_size=most))
+    x, *tensors = normal(len(gates) + 1, b, t, s, d, dtype=dtype)
+    rows = [None if frames is None else normal(b, frames, 3, d, dtype=dtype)[:, :, 2, None] for frames in gates]
+    return x, [Update(a, gate) for a, gate in zip(tensors, rows, strict=True)]
+
+
+@few
+@given(residuals())
+def test_updates_are_added_bit_for_bit(drawn):
+    x, updates = drawn
+    assert torch.equal(add_updates.add_updates(x, *updates), reference.add_updates(x, *updates))
+
+
+@few
+@given(residuals(), st.booleans())
+def test_norm_modulate_adds_bit_for_bit_and_norms_by_the_law(drawn, per_frame):
+    x, updates = drawn
+    b, t, _, d = x.shape
+    shift, scale = normal(b, t if per_frame else 1, 2, d, dtype=x.dtype, seed=1)[:, :, :, None].unbind(2)
+    total, out = norm_modulate.norm_modulate(x, shift, scale, *updates)
+    expected = reference.add_updates(x, *updates)
+    assert torch.equal(total, expected)
+    exact = reference.norm_modulate(*wide((expected, shift, scale)))[1]
+    error, allowed = (
+        (z.double() - exact).abs().max() for z in (out, reference.norm_modulate(expected, shift, scale)[1])
+    )
+    assert error <= 2 * allowed + 1e-5
+
+
+def test_tokens_of_a_large_mean_keep_their_variance():
+    x = normal(1, 1, 4, 72) + 1000
+    zero = torch.zeros(1, 1, 1, 72, device=DEVICE)
+    exact = reference.norm_modulate(x.double(), zero.double(), zero.double())[1]
+    assert (norm_modulate.norm_modulate(x, zero, zero)[1] - exact).abs().max() < 1e-3
+
+
+def test_tokens_may_lie_anywhere():
+    x, a = normal(2, 5, 3, 2, 72).transpose(2, 3)  # (B, T, S, D) = (5, 2, 3, 72)
+    shift, scale = normal(2, 5, 1, 1, 72)
+    ours = norm_modulate.norm_modulate(x, shift, scale, Update(a, shift))
+    theirs = reference.norm_modulate(x, shift, scale, Update(a, shift))
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+# attention
+
+
+def test_a_head_is_cut_into_powers_of_two_that_cover_it():
+    assert launch.cut(72) == (64, 16) and launch.cut(64) == (64, 0) and launch.cut(96) == (64, 32)
+    for channels in range(1, 257):
+        main, tail = launch.cut(channels)
+        assert main + tail >= channels and main.bit_count() == 1 and tail.bit_count() <= 1
+        assert tail == 0 or main < channels
+
+
+@few
+@given(sizes, st.integers(1, 3), st.sampled_from(HEADS), dtypes, st.booleans())
+@example((1, 1, 129), 1, 72, torch.float32, True)  # more than one tile of queries and two of keys
+@example((1, 1, 64), 2, 72, torch.float16, False)  # no ragged tile
+@example((2, 1, 1), 2, 72, torch.float32, True)
+def test_attention_within_a_frame(size, heads, channels, dtype, normed):
+    qkv, weights = normal(*size, 3 * heads * channels, dtype=dtype), normal(2, channels, dtype=dtype)
+    obeys(self_attention, qkv, heads, tuple(weights) if normed else None, None, "spatial")
+
+
+@few
+@given(
+    sizes, st.integers(1, 3), st.sampled_from(HEADS), dtypes, st.sampled_from(["no", "after", "before"]), st.booleans()
+)
+@example((1, 15, 2), 2, 72, torch.float32, "after", True)
+@example((1, 17, 2), 1, 72, torch.float16, "before", True)
+@example((1, 60, 1), 1, 72, torch.float16, "after", True)
+@example((2, 1, 3), 1, 72, torch.float32, "after", True)
+def test_attention_along_the_frames_of_a_place(size, heads, channels, dtype, rope, normed):
+    qkv, weights = normal(*size, 3 * heads * channels, dtype=dtype), normal(2, channels, dtype=dtype)
+    turns = Rope(*(table.to(DEVICE) for table in rope_table(rope_frequencies(channels), size[1])))
+    norm = tuple(weights) if normed else None
+    obeys(self_attention, qkv, heads, norm, None if rope == "no" else turns, "temporal", rope_first=rope == "before")
+
+
+@few
+@given(sizes, st.integers(1, 3), st.sampled_from(HEADS), dtypes, st.integers(1, 150), st.data())
+@example((1, 2, 70), 1, 72, torch.float32, 128, None)
+def test_attention_to_captions_of_many_lengths(size, heads, channels, dtype, length, data):
+    b = size[0]
+    lengths = st.none() | st.lists(st.integers(1, length), min_size=b, max_size=b)
+    drawn = data.draw(lengths) if data else None
+    q, kv = normal(*size, heads * channels, dtype=dtype), normal(b, length, 2, heads, channels, dtype=dtype)
+    obeys(cross_attention, q, kv, None if drawn is None else torch.tensor(drawn, device=DEVICE))
+
+
+@pytest.mark.parametrize("large", [1.0, 3.0, 100.0])
+def test_scores_too_large_for_their_bound_are_searched_for_their_largest(large):
+    """Weights of 100 make scores of thousands: the softmax is then a choice of one key."""
+    qkv, weight = normal(1, 1, 40, 3 * 72), torch.full((72,), large, device=DEVICE)
+    bound = 72**0.5 * large**2 * 1.4427
+    assert (bound > flash.HIGHEST_BOUND) == (large > 2)
+    obeys(self_attention, qkv, 1, (weight, weight), None, "spatial")
+
+
+def test_a_caption_of_no_tokens_adds_nothing():
+    q, kv = normal(2, 1, 3, 16), normal(2, 4, 2, 1, 16)
+    out = cross_attention.cross_attention(q, kv, torch.tensor([0, 4], device=DEVICE))
+    assert out[0].eq(0).all() and out[1].ne(0).all()
+
+
+def test_what_lies_behind_the_length_of_a_caption_is_not_looked_at():
+    q, kv = normal(1, 1, 3, 16), normal(1, 70, 2, 1, 16)
+    lengths = torch.tensor([66], device=DEVICE)
+    out = cross_attention.cross_attention(q, kv, lengths)
+    kv[:, 66:] = 1e4
+    assert torch.equal(cross_attention.cross_attention(q, kv, lengths), out)
+
+
+def test_packed_projections_may_lie_anywhere():
+    qkv, weights = normal(2, 5, 3, 3 * 16).transpose(1, 2), tuple(normal(2, 16))  # T 3, S 5
+    obeys(self_attention, qkv, 1, weights, None, "spatial")
+    obeys(self_attention, qkv, 1, weights, None, "temporal")
+
+
+@pytest.mark.skipif(not CUDA, reason="cuBLASLt's epilogue")
+@few
+@given(st.tuples(st.integers(1, 3), st.integers(1, 70)), st.sampled_from([8, 72, 1152]), dtypes)
+def test_gelu_in_the_epilogue_of_a_linear_layer(shape, channels, dtype):
+    x, weight, bias = normal(*shape, channels, dtype=dtype), normal(4 * channels, channels), normal(4 * channels)
+    obeys(linear_gelu, x, (weight / channels**0.5).to(dtype), bias.to(dtype))
+
+
+# the model
+
+BASE = PRESETS["opensora-1.2"]
+SMALL = replace(
+    BASE,
+    depth=1,
+    dim=144,
+    heads=2,
+    caption_dim=8,
+    caption_length=70,
+    positions=replace(BASE.positions, base=32),
+    sampling=replace(BASE.sampling, shift=1.0),
+)
+
+
+def built(dtype):
+    torch.manual_seed(0)
+    model = DiT(SMALL)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
+    return model.to(DEVICE, dtype).requires_grad_(False)
+
+
+def prepared(model, latent=(3, 5, 6)):
+    text, lengths = normal(2, 70, 8, dtype=model.dtype), torch.tensor([66, 3], device=DEVICE)
+    fps = torch.full((2,), 8.0, device=DEVICE)
+    cond = model.prepare(text, lengths, latent=latent, height=32, width=32, fps=fps)
+    return normal(2, SMALL.in_channels, *latent), cond
+
+
+@pytest.mark.parametrize("dtype", DTYPES if CUDA else [torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_model_of_kernels_obeys_the_law_too(dtype, masked):
+    mask = torch.tensor([[True, False, True], [True, True, True]], device=DEVICE) if masked else None
+
+    def output(impl, dtype):
+        model = built(dtype)
+        x, cond = prepared(model)
+        with ops.using(impl):
+            return model(x, 500.0, cond, frame_mask=mask).double()
+
+    exact, theirs, ours = output("torch", torch.float64), output("torch", dtype), output("triton", dtype)
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_kernels_a_stored_and_then_reused_step_is_bitwise_the_computed_step(dtype):
+    model = built(dtype)
+    x, cond = prepared(model)
+    always = Pyramid(**dict.fromkeys(PARTS, Broadcast(2, Window(-1, 1001))))
+    twice = plan(always, [500.0, 500.0], model.sites)
+    cache = Cache(twice)
+    with ops.using("triton"):
+        computed = model(x, 500.0, cond)
+        assert computed.equal(model(x, 500.0, cond, twice[0], cache))
+        assert computed.equal(model(x, 500.0, cond, twice[1], cache))
+
+
+# what chooses
+
+
+def arguments(**options):
+    return normal(1, 2, 3, 8, **options), normal(1, 1, 1, 8, **options), normal(1, 1, 1, 8, **options)
+
+
+def test_asking_for_triton_computes_by_the_kernel_or_says_why_not():
+    x, shift, scale = arguments()
+    with ops.using("triton"):
+        assert torch.equal(ops.add_updates(x, Update(x, shift)), reference.add_updates(x, Update(x, shift)))
+        for wrong, why in (
+            (arguments(dtype=torch.float64), "the tensors are torch.float64, not all of float32, float16 or bfloat16"),
+            ((x, shift.half(), scale), "the tensors are torch.float16 and torch.float32, not all of"),
+            ((x.clone().requires_grad_(), shift, scale), "a gradient is needed, which kernels do not compute"),
+        ):
+            with pytest.raises(RuntimeError, match=f"norm_modulate cannot be computed by its Triton kernel: {why}"):
+                ops.norm_modulate(*wrong)
+            with pytest.raises(RuntimeError, match=why):
+                norm_modulate.norm_modulate(*wrong)
+    qkv = normal(1, 2, 3, 3 * 8)
+    for options, axis, why in (
+        ({"bias": normal(1, 2, 3)}, "spatial", "scores have a bias"),
+        ({}, "spatial", "heads of 2 channels of 4 bytes are no multiples of 16 bytes"),
+    ):
+        with ops.using("triton"), pytest.raises(RuntimeError, match=why):
+            ops.self_attention(qkv, 4, None, None, axis, **options)
+    with ops.using("triton"), pytest.raises(RuntimeError, match="129 frames are more than 128"):
+        ops.self_attention(normal(1, 129, 1, 24), 1, None, None, "temporal")
+
+
+def test_a_gradient_is_computed_by_torch_unless_it_is_not_needed():
+    x, shift, scale = arguments()
+    weight = torch.nn.Parameter(shift)
+    total, out = ops.norm_modulate(x, weight, scale, Update(x, weight))
+    (total.sum() + out.sum()).backward()
+    assert weight.grad.abs().sum() > 0
+    with torch.no_grad(), ops.using("triton"):
+        assert torch.equal(ops.add_updates(x, Update(x, weight)), total)
+
+
+def test_nothing_else_is_asked_for_and_what_was_asked_before_comes_back():
+    with pytest.raises(ValueError, match="auto, torch or triton, not 'fast'"), ops.using("fast"):
+        pass
+    double = arguments(dtype=torch.float64)
+    with ops.using("triton"):
+        with ops.using("torch"):
+            ops.norm_modulate(*double)
+        with pytest.raises(RuntimeError):
+            ops.norm_modulate(*double)
+    ops.norm_modulate(*double)
