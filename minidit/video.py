@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from math import ceil, isqrt
@@ -11,7 +11,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
@@ -24,22 +26,36 @@ PAPER = (250, 249, 246)
 INK = (52, 52, 58)
 
 
-def save_video(video: Tensor, path: str | Path, *, fps: float, scale: int | None = None) -> Path:
+def save_video(video: Tensor | Iterable[Tensor], path: str | Path, *, fps: float, scale: int | None = None) -> Path:
     """Writes video, (T, H, W, 3) uint8, as the ending of path says: .mp4, .gif, .webp, or .png, a sheet of the frames.
 
-    scale: each pixel becomes scale x scale; None picks the smallest that brings the short side to WATCHABLE.
-    An mp4 is padded to even sizes by repeating its edge. A gif shows a frame for a multiple of 10 ms, 20 at least.
-    path appears complete or not at all; what stood there before stays until then.
+    video: all of it, or parts of it in order, each (t, H, W, 3), which an mp4 takes one at a time, as they are made;
+    the others need to have them all. scale: each pixel becomes scale x scale; None picks the smallest that brings the
+    short side to WATCHABLE. An mp4 is padded to even sizes by repeating its edge. A gif shows a frame for a multiple of
+    10 ms, 20 at least. path appears complete or not at all, also if a part fails to be made; what stood there before
+    stays until then.
     """
     path = Path(path)
     check_output(path)
-    check_video(video)
     if not 0.01 <= fps <= 1000:
         raise ValueError(f"fps must be frames a second, from 0.01 to 1000, got {fps}")
-    video = upscale(video, _factor(video, WATCHABLE) if scale is None else scale)
+    parts = _scaled([video] if isinstance(video, Tensor) else video, scale)
     with _replacing(path) as unfinished:
-        WRITERS[path.suffix.lower()](video, unfinished, fps)
+        WRITERS[path.suffix.lower()](parts, unfinished, fps)
     return path
+
+
+def _scaled(parts: Iterable[Tensor], scale: int | None) -> Iterator[Tensor]:
+    size = None
+    for part in parts:
+        check_video(part)
+        size = size or part.shape[1:]
+        if part.shape[1:] != size:
+            shapes = f"{tuple(size)} and {tuple(part.shape[1:])}"
+            raise ValueError(f"the parts of a video must have frames of one shape, got {shapes}")
+        yield upscale(part, _factor(part, WATCHABLE) if scale is None else scale)
+    if size is None:
+        raise ValueError("a video must have a frame at least, got no part of one")
 
 
 def check_output(path: str | Path) -> None:
@@ -199,27 +215,36 @@ def _replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def _write_mp4(video: Tensor, path: Path, fps: float) -> None:
-    frames = video.numpy()
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+def _write_mp4(parts: Iterator[Tensor], path: Path, fps: float) -> None:
+    stream = None
     # faststart: a browser can play the beginning before it has the end
     with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        # 1001: the denominator of 29.97 and its kin
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        # said aloud, since players differ in what they assume of small videos
-        stream.codec_context.colorspace = Colorspace.ITU709
-        stream.codec_context.color_range = ColorRange.MPEG
-        stream.codec_context.color_primaries = ColorPrimaries.BT709
-        stream.codec_context.color_trc = ColorTrc.BT709
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
-        container.mux(stream.encode(None))
+        for part in parts:
+            frames = part.numpy()
+            frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+            stream = stream or _stream(container, frames.shape[1:3], fps)
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+        if stream:
+            container.mux(stream.encode(None))
 
 
-def _write_gif(video: Tensor, path: Path, fps: float) -> None:
+def _stream(container: OutputContainer, size: tuple[int, int], fps: float) -> VideoStream:
+    # 1001: the denominator of 29.97 and its kin
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"
+    # said aloud, since players differ in what they assume of small videos
+    stream.codec_context.colorspace = Colorspace.ITU709
+    stream.codec_context.color_range = ColorRange.MPEG
+    stream.codec_context.color_primaries = ColorPrimaries.BT709
+    stream.codec_context.color_trc = ColorTrc.BT709
+    return stream
+
+
+def _write_gif(parts: Iterator[Tensor], path: Path, fps: float) -> None:
+    video = torch.cat(list(parts))
     # one palette for all frames: with one each, still colours would flicker
     pixels = video.flatten(0, 2)  # (T * H * W, 3)
     sample = pixels[:: 1 + len(pixels) // SAMPLE].unsqueeze(0)
@@ -230,15 +255,15 @@ def _write_gif(video: Tensor, path: Path, fps: float) -> None:
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=held, loop=0)
 
 
-def _write_webp(video: Tensor, path: Path, fps: float) -> None:
-    first, *rest = _images(video)
+def _write_webp(parts: Iterator[Tensor], path: Path, fps: float) -> None:
+    first, *rest = _images(torch.cat(list(parts)))
     held = max(1, round(1000 / fps))  # ms
     first.save(path, format="WEBP", save_all=True, append_images=rest, duration=held, loop=0, lossless=True)
 
 
-def _write_png(video: Tensor, path: Path, fps: float) -> None:
+def _write_png(parts: Iterator[Tensor], path: Path, fps: float) -> None:
     """Up to four frames in a row, more in a nearly square grid; fps has no place in a still picture."""
-    images = _images(video)
+    images = _images(torch.cat(list(parts)))
     n = len(images)
     root = isqrt(n - 1) + 1  # ceil(sqrt(n))
     # of the nearly square grids, the one with the fewest holes
@@ -271,7 +296,7 @@ def _read_animation(path: Path) -> list[np.ndarray]:
     return [frame for frame, ms in zip(frames, held, strict=True) for _ in range(max(1, round(ms / step)))]
 
 
-WRITERS: dict[str, Callable[[Tensor, Path, float], None]] = {
+WRITERS: dict[str, Callable[[Iterator[Tensor], Path, float], None]] = {
     ".mp4": _write_mp4,
     ".gif": _write_gif,
     ".webp": _write_webp,

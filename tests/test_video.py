@@ -119,6 +119,62 @@ def test_what_stood_at_the_path_is_replaced_and_nothing_else_is_left(tmp_path, e
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_video_in_parts_is_the_file_of_the_whole(tmp_path, ending):
+    whole = save_video(clip(t=7), tmp_path / f"whole{ending}", fps=8)
+    parts = save_video(iter(clip(t=7).split([1, 4, 2])), tmp_path / f"parts{ending}", fps=8)
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_an_mp4_takes_a_part_when_it_has_written_the_one_before(tmp_path, monkeypatch):
+    order, from_ndarray = [], av.VideoFrame.from_ndarray
+
+    def parts():
+        for part in clip(t=5).split(2):
+            order.append(f"{len(part)} made")
+            yield part
+
+    def written(array, format):
+        order.append("written")
+        return from_ndarray(array, format=format)
+
+    monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=written))
+    save_video(parts(), tmp_path / "clip.mp4", fps=8, scale=1)
+    assert order == ["2 made", "written", "written", "2 made", "written", "written", "1 made", "written"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("made", [0, 1, 40])
+def test_a_part_that_cannot_be_made_leaves_what_was_there(tmp_path, ending, made):
+    def parts():
+        for _ in range(made):
+            yield clip(t=2)
+        raise RuntimeError("out of memory")
+
+    path = tmp_path / f"clip{ending}"
+    path.write_bytes(b"before")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        save_video(parts(), path, fps=8, scale=1)
+    assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([], "a frame at least, got no part"),
+        ([clip(), clip(h=14)], r"frames of one shape, got \(12, 16, 3\) and \(14, 16, 3\)"),
+        ([clip(), clip()[:0]], "a frame and a pixel"),
+        ([clip(), clip().float()], "must be .* uint8"),
+    ],
+    ids=["none", "shapes", "empty", "floats"],
+)
+def test_parts_that_are_no_video_are_refused(tmp_path, ending, parts, said):
+    with pytest.raises(ValueError, match=said):
+        save_video(parts, tmp_path / f"clip{ending}", fps=8)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("before", [None, b"before"])
 def test_a_writer_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, failure, before):
