@@ -7,7 +7,7 @@ a tile, scores in units of log 2.
 
 from __future__ import annotations
 
-from math import e, log2
+import math
 
 import torch
 import triton
@@ -23,14 +23,20 @@ from minidit.kernels import launch
 HIGHEST_BOUND = 60.0
 
 
+def scale(channels: int) -> float:
+    """What makes scores of dot products, in units of log 2."""
+    return math.log2(math.e) / channels**0.5
+
+
+def keys_of_a_tile(dtype: torch.dtype) -> int:
+    return 32 if dtype == torch.float32 else 64
+
+
 def descriptors(tensor: Tensor, tokens: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Of the main and the tail tiles of a tensor (samples, tokens, heads, channels), for so many tokens at once."""
-    main, tail = launch.cut(tensor.shape[-1])
-    shape, strides = list(tensor.shape), list(tensor.stride())
-    blocks = ([1, tokens, 1, width] for width in (main, tail))
-    first, second = (TensorDescriptor(tensor, shape, strides, block) if block[-1] else None for block in blocks)
-    assert first is not None
-    return first, second
+    shape, strides, (main, tail) = list(tensor.shape), list(tensor.stride()), launch.cut(tensor.shape[-1])
+    first = TensorDescriptor(tensor, shape, strides, [1, tokens, 1, main])
+    return first, TensorDescriptor(tensor, shape, strides, [1, tokens, 1, tail]) if tail else None
 
 
 def why_not(tensor: Tensor, channels: int) -> str | None:
@@ -46,40 +52,42 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    heads: tuple[int, int, int],
+    first: tuple[int, int, int],
     out: Tensor,
-    lengths: Tensor | None,
-    weights: Tensor | None,
+    *,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Write softmax(q k / sqrt(E)) v into out.
 
-    q, out: (N, M, ..., E); k, v: (N, L, ..., E) of which heads, (first of q, of k, of v), are used, as many as out has;
-    lengths: (N,) keys that count, None: all; weights: (E,) for RMS-normed queries, which are normed here while keys
-    already are, None: neither is.
+    out: (N, M, H, E); q: (N, M, ..., E), k, v: (N, L, ..., E), of whose heads H are used, from the first (of q, of k,
+    of v); lengths: (N,) keys that count, None: all; weights: (E,) by which queries are RMS-normed here; then all keys
+    count and are normed already. If k has more keys than v, those are copies of the last one up to a whole tile: then no
+    tile needs a mask, and what the copies add to the sum of the weights is known.
     """
-    n, m, count, channels = out.shape
-    main, tail = launch.cut(channels)
+    n, m, heads, channels = out.shape
     wide = out.dtype == torch.float32
-    tile_m, tile_n = (64, 32) if wide else (128, 64)
-    tile_m = min(tile_m, max(16, triton.next_power_of_2(m)))
-    tile_n = min(tile_n, max(16, triton.next_power_of_2(k.shape[1])))
-    _kernel[triton.cdiv(m, tile_m), count, n](
+    tile_m, tile_n = 64 if wide or channels > 96 else 128, keys_of_a_tile(out.dtype)
+    _kernel[triton.cdiv(m, tile_m), heads, n](
         *descriptors(q, tile_m),
         *descriptors(k, tile_n),
         *descriptors(v, tile_n),
         *descriptors(out, tile_m),
         lengths,
         weights,
+        None if weights is None else k[:, v.shape[1] - 1],
+        k.stride(0),
         k.shape[1],
-        *heads,
-        log2(e) / channels**0.5,
-        HIGHEST_BOUND if out.dtype != torch.float16 else -1.0,
+        k.shape[1] - v.shape[1],
+        *first,
+        scale(channels),
+        HIGHEST_BOUND if out.dtype != torch.float16 else -1.0,  # in float16 the smallest weights would be subnormal
         channels,
-        main,
-        tail,
+        *launch.cut(channels),
         tile_m,
         tile_n,
         "ieee" if wide else "tf32",
+        weights is None or k.shape[1] % tile_n > 0,
         num_warps=4,
         num_stages=2 if wide else 3,
     )
@@ -97,7 +105,10 @@ def _kernel(
     out_tail,
     lengths,
     weights,
+    last,
+    last_stride,
     L,
+    copies,
     q_head,
     k_head,
     v_head,
@@ -109,102 +120,97 @@ def _kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     start, head, sample = tl.program_id(0) * M, tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = out_main.dtype
-    length = L
-    if lengths is not None:
-        length = tl.load(lengths + sample).to(tl.int32)
     keys, values = k_head + head, v_head + head
     q = q_main.load([sample, start, q_head + head, 0]).reshape(M, MAIN)
     q2 = q
     if TAIL:
         q2 = q_tail.load([sample, start, q_head + head, MAIN]).reshape(M, TAIL)
-    bounded = False
-    bound = tl.zeros([M], tl.float32)
-    if weights is not None:
-        wide, wide2 = q.to(tl.float32), q2.to(tl.float32)
-        square = tl.sum(wide * wide, 1)
-        if TAIL:
-            square += tl.sum(wide2 * wide2, 1)
-        factor = tl.rsqrt(square / E + 1e-6)[:, None]
+    if weights is None:
+        length = L
+        if lengths is not None:
+            length = tl.load(lengths + sample).to(tl.int32)
+        nothing = tl.full([M], float("-inf"), tl.float32)
+        acc, acc2, total, _ = _pass(
+            q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, length, scale, nothing,
+            True, MASKED, MAIN, TAIL, M, N, PRECISION, dtype,
+        )  # fmt: skip
+        total = tl.where(total == 0, 1, total)  # a caption of no tokens adds nothing
+    else:
         at, at2 = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL if TAIL else MAIN)
+        wide, wide2 = q.to(tl.float32), q2.to(tl.float32)
+        factor = tl.rsqrt(_square(wide, wide2, TAIL) / E + 1e-6)[:, None]
         wide *= factor * tl.load(weights + at, at < E, other=0).to(tl.float32)[None, :]
         wide2 *= factor * tl.load(weights + at2, at2 < E, other=0).to(tl.float32)[None, :]
         q, q2 = wide.to(dtype), wide2.to(dtype)
-        square = tl.sum(wide * wide, 1)
-        if TAIL:
-            square += tl.sum(wide2 * wide2, 1)
         # |k| is at most sqrt(E), and roundings may add a little
-        bound = tl.sqrt(square * E) * (scale * 1.02)
-        bounded = tl.max(bound) <= HIGHEST
-    if bounded:
-        acc, acc2, total = _pass(
-            q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, length, scale, bound,
-            False, MAIN, TAIL, M, N, PRECISION, dtype,
-        )  # fmt: skip
-    else:
-        acc, acc2, total = _pass(
-            q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, length, scale, bound - float("inf"),
-            True, MAIN, TAIL, M, N, PRECISION, dtype,
-        )  # fmt: skip
-    share = 1 / tl.where(total == 0, 1, total)[:, None]  # a caption of no tokens adds nothing
-    out_main.store([sample, start, head, 0], (acc * share).to(dtype).reshape(1, M, 1, MAIN))
+        bound = tl.sqrt(_square(wide, wide2, TAIL) * E) * (scale * 1.02)
+        row = last + sample.to(tl.int64) * last_stride + keys * E
+        extra = tl.sum(q.to(tl.float32) * tl.load(row + at, at < E, other=0).to(tl.float32)[None, :], 1)
+        if TAIL:
+            extra += tl.sum(q2.to(tl.float32) * tl.load(row + at2, at2 < E, other=0).to(tl.float32)[None, :], 1)
+        if tl.max(bound) <= HIGHEST:
+            acc, acc2, total, most = _pass(
+                q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, L, scale, bound,
+                False, MASKED, MAIN, TAIL, M, N, PRECISION, dtype,
+            )  # fmt: skip
+        else:
+            acc, acc2, total, most = _pass(
+                q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, L, scale, bound - float("inf"),
+                True, MASKED, MAIN, TAIL, M, N, PRECISION, dtype,
+            )  # fmt: skip
+        total -= copies * tl.exp2(extra * scale - most)  # of their values nothing was added: those read as zero
+    out_main.store([sample, start, head, 0], (acc / total[:, None]).to(dtype).reshape(1, M, 1, MAIN))
     if TAIL:
-        out_tail.store([sample, start, head, MAIN], (acc2 * share).to(dtype).reshape(1, M, 1, TAIL))
+        out_tail.store([sample, start, head, MAIN], (acc2 / total[:, None]).to(dtype).reshape(1, M, 1, TAIL))
+
+
+@triton.jit
+def _square(x, x2, TAIL: tl.constexpr):
+    square = tl.sum(x * x, 1)
+    if TAIL:
+        square += tl.sum(x2 * x2, 1)
+    return square
 
 
 @triton.jit
 def _pass(
     q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, length, scale, most,
-    SEEK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, dtype: tl.constexpr,
+    SEEK: tl.constexpr, MASKED: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all keys: of the values by their weights (main and tail), and of the weights."""
+    """Sums over all keys: of the values by their weights (main and tail), and of the weights; and `most`.
+
+    most: (M,) what each row of scores is shifted by; SEEK: its largest so far, else its bound. MASKED: the last tile
+    has fewer than N keys. A descriptor is not read in a branch: in Triton 3.6 that reads wrong numbers.
+    """
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, MAIN], tl.float32)
     acc2 = tl.zeros([M, TAIL if TAIL else 16], tl.float32)
-    whole = length // N * N
-    for start in range(0, whole, N):
-        acc, acc2, total, most = _step(
-            q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, start, length, scale, acc, acc2, total, most,
-            False, SEEK, MAIN, TAIL, M, N, PRECISION, dtype,
-        )  # fmt: skip
-    if whole < length:  # a ragged last tile, which alone needs a mask
-        acc, acc2, total, most = _step(
-            q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, whole, length, scale, acc, acc2, total, most,
-            True, SEEK, MAIN, TAIL, M, N, PRECISION, dtype,
-        )  # fmt: skip
-    return acc, acc2, total
-
-
-@triton.jit
-def _step(
-    q, q2, k_main, k_tail, v_main, v_tail, sample, keys, values, start, length, scale, acc, acc2, total, most,
-    RAGGED: tl.constexpr, SEEK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys. most: (M,) what each row of scores is shifted by; SEEK: its largest so far, else its bound."""
-    k = k_main.load([sample, start, keys, 0]).reshape(N, MAIN)
-    scores = tl.dot(q, k.T, input_precision=PRECISION)
-    if TAIL:
-        k2 = k_tail.load([sample, start, keys, MAIN]).reshape(N, TAIL)
-        scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-    if RAGGED:
-        scores = tl.where((start + tl.arange(0, N))[None, :] < length, scores, float("-inf"))
-    if SEEK:
-        most_now = tl.maximum(most, tl.max(scores, 1) * scale)
-        shrink = tl.exp2(most - most_now)
-        total *= shrink
-        acc *= shrink[:, None]
-        acc2 *= shrink[:, None]
-        most = most_now
-    weight = tl.exp2(scores * scale - most[:, None])
-    total += tl.sum(weight, 1)
-    weight = weight.to(dtype)
-    v = v_main.load([sample, start, values, 0]).reshape(N, MAIN)
-    acc = tl.dot(weight, v, acc, input_precision=PRECISION)
-    if TAIL:
-        v2 = v_tail.load([sample, start, values, MAIN]).reshape(N, TAIL)
-        acc2 = tl.dot(weight, v2, acc2, input_precision=PRECISION)
+    for start in range(0, length, N):
+        k = k_main.load([sample, start, keys, 0]).reshape(N, MAIN)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        if TAIL:
+            k2 = k_tail.load([sample, start, keys, MAIN]).reshape(N, TAIL)
+            scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+        if MASKED:
+            scores = tl.where((start + tl.arange(0, N))[None, :] < length, scores, float("-inf"))
+        if SEEK:
+            most_now = tl.maximum(most, tl.max(scores, 1) * scale)
+            shrink = tl.exp2(most - most_now)
+            total *= shrink
+            acc *= shrink[:, None]
+            acc2 *= shrink[:, None]
+            most = most_now
+        weight = tl.exp2(scores * scale - most[:, None])
+        total += tl.sum(weight, 1)
+        weight = weight.to(dtype)
+        v = v_main.load([sample, start, values, 0]).reshape(N, MAIN)
+        acc = tl.dot(weight, v, acc, input_precision=PRECISION)
+        if TAIL:
+            v2 = v_tail.load([sample, start, values, MAIN]).reshape(N, TAIL)
+            acc2 = tl.dot(weight, v2, acc2, input_precision=PRECISION)
     return acc, acc2, total, most
