@@ -12,8 +12,6 @@ from torch import Tensor
 from minidit.kernels import launch
 from minidit.kernels.reference import Update
 
-ROWS = 16  # tokens of a program
-
 
 def why_not(x: Tensor, *updates: Update) -> str | None:
     """Why the kernel does not take these, None: it does."""
@@ -27,10 +25,10 @@ def add_updates(x: Tensor, *updates: Update) -> Tensor:
         return x
     b, t, s, d = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    width = max(launch.widest(d), 128)
+    rows, block = launch.tile(d)
     # no fma: x + gate * a in one rounding is not what a later call adds that has gate * a
-    _kernel[triton.cdiv(s, ROWS), b * t, triton.cdiv(d, width)](
-        x.contiguous(), *arguments(updates, b, t), out, t, s, d, ROWS, width, enable_fp_fusion=False
+    _kernel[triton.cdiv(s, rows), b * t](
+        x.contiguous(), *arguments(updates, b, t), out, t, s, d, rows, block, num_warps=4, enable_fp_fusion=False
     )
     return out
 
@@ -56,10 +54,10 @@ def added(x, tensors, gates, strides, b, t, offset, column, mask):
 
 
 @triton.jit
-def _kernel(x_ptr, tensors, gates, strides, out_ptr, T, S, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _kernel(x_ptr, tensors, gates, strides, out_ptr, T, S, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     frame = tl.program_id(1).to(tl.int64)  # of all samples
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    column = tl.arange(0, BLOCK)[None, :]
     mask = (row < S) & (column < D)
     offset = (frame * S + row) * D + column
     x = tl.load(x_ptr + offset, mask, other=0).to(tl.float32)

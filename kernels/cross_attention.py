@@ -26,7 +26,8 @@ def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
     launch.insist("cross_attention", why_not(q, kv, lengths))
     b, t, s, d = q.shape
     h, e = kv.shape[3:]
-    queries, packed = q.contiguous().view(b, t * s, h, e), kv.contiguous().flatten(2, 3)  # (B, T S, H, E), (B, L, 2 H, E)
+    queries = q.contiguous().view(b, t * s, h, e)
+    packed = kv.contiguous().flatten(2, 3)  # (B, L, 2 H, E)
     out = torch.empty_like(queries)
     if packed.shape[1] > SHORT or q.dtype == torch.float32:
         flash.attend(queries, packed, packed, (0, 0, h), out, lengths=lengths)

@@ -62,8 +62,8 @@ def attend(
 
     out: (N, M, H, E); q: (N, M, ..., E), k, v: (N, L, ..., E), of whose heads H are used, from the first (of q, of k,
     of v); lengths: (N,) keys that count, None: all; weights: (E,) by which queries are RMS-normed here; then all keys
-    count and are normed already. If k has more keys than v, those are copies of the last one up to a whole tile: then no
-    tile needs a mask, and what the copies add to the sum of the weights is known.
+    count and are normed already. If k has more keys than v, those are copies of the last one up to a whole tile: then
+    no tile needs a mask, and what the copies add to the sum of the weights is known.
     """
     n, m, heads, channels = out.shape
     wide = out.dtype == torch.float32

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST = 16384  # channels of a tensor: a program may hold whole tokens
 
 
 def why_not(tensors: Iterable[Tensor | None]) -> str | None:
@@ -21,6 +22,8 @@ def why_not(tensors: Iterable[Tensor | None]) -> str | None:
         return f"the tensors are on {' and '.join(sorted(map(str, devices)))}"
     if not dtypes <= set(DTYPES) or len(dtypes) > 1:
         return f"the tensors are {' and '.join(sorted(map(str, dtypes)))}, not all of float32, float16 or bfloat16"
+    if any(tensor.shape[-1] > WIDEST for tensor in given):
+        return f"tokens have more than {WIDEST} channels"
     if next(iter(devices)).type != "cuda" and not triton.knobs.runtime.interpret:
         return f"the tensors are on {next(iter(devices))}, not on a GPU"
     return None
@@ -42,6 +45,7 @@ def cut(channels: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
-def widest(channels: int) -> int:
-    """The largest power of two that divides the channels."""
-    return channels & -channels
+def tile(channels: int) -> tuple[int, int]:
+    """(rows, block): tokens of a program that goes over all their channels, and the power of two that holds those."""
+    block = triton.next_power_of_2(channels)
+    return max(1, 1024 // block), block

@@ -11,13 +11,9 @@ from minidit.kernels import launch
 from minidit.kernels.add_updates import added, arguments
 from minidit.kernels.reference import Update
 
-WIDEST = 16384  # channels: a program holds whole tokens
-
 
 def why_not(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> str | None:
     """Why the kernel does not take these, None: it does."""
-    if x.shape[-1] > WIDEST:
-        return f"tokens have {x.shape[-1]} channels, more than {WIDEST}"
     return launch.why_not([x, shift, scale, *(tensor for update in updates for tensor in update)])
 
 
@@ -28,8 +24,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> 
     b, t, s, d = x.shape
     total, out = torch.empty_like(x) if updates else x, torch.empty_like(x)
     shift, scale = shift.expand(b, t, 1, d), scale.expand(b, t, 1, d)
-    block = triton.next_power_of_2(d)
-    rows = max(1, 2048 // block)
+    rows, block = launch.tile(d)
     _kernel[triton.cdiv(s, rows), b * t](
         x,
         *arguments(updates, b, t),
@@ -44,7 +39,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> 
         d,
         rows,
         block,
-        num_warps=4,
+        num_warps=max(2, block // 1024),
         enable_fp_fusion=False,  # as in add_updates
     )
     return total, out

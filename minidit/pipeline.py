@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minidit import samplers, sampling
 from minidit.broadcast import PAB_246, PARTS, Act, Plan, Pyramid, plan
-from minidit.caption import CaptionEncoder
+from minidit.caption import PADDING, CaptionEncoder
 from minidit.config import ModelConfig
 from minidit.cost import Cost, cost
 from minidit.model import DiT
@@ -89,16 +89,24 @@ def schedule(config: ModelConfig, dtype: torch.dtype) -> tuple[Sampler, tuple[in
 
 
 def predict(
-    config: ModelConfig, dtype: torch.dtype, pyramid: Pyramid | None = PAB_246, *, captions: int = 1
+    config: ModelConfig,
+    dtype: torch.dtype,
+    pyramid: Pyramid | None = PAB_246,
+    *,
+    captions: int = 1,
+    caption_length: int | None = None,
 ) -> Prediction:
-    """What a run of config.sampling will do and cost, from sizes alone: nothing is built, nothing runs."""
+    """What a run of config.sampling will do and cost, from sizes alone: nothing is built, nothing runs.
+
+    caption_length: tokens of the longest caption, None: as long as captions can be.
+    """
     sampler, latent = schedule(config, dtype)
     table = plan(pyramid, samplers.planned(sampler, config, dtype), config.sites)
     price = cost(
         config,
         batch=captions * (1 if config.sampling.guidance == 1 else 2),
         latent=latent,
-        caption_length=config.caption_length,
+        caption_length=config.caption_length if caption_length is None else caption_length,
         itemsize=dtype.itemsize,
     )
     return Prediction(table, price, price.update_bytes * max(most for most, _ in table.held()))
@@ -140,7 +148,8 @@ def generate(
     batch = [captions] if isinstance(captions, str) else list(captions)
     tokens, device = encoder(model).tokenize(batch), model.patch.weight.device
     config = asked(model.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
-    expected = predict(config, model.dtype, pyramid, captions=len(batch))
+    longest = int((tokens != PADDING).sum(1).max())
+    expected = predict(config, model.dtype, pyramid, captions=len(batch), caption_length=longest)
     sampler, latent = schedule(config, model.dtype)
     start, peak = time.perf_counter(), 0
 

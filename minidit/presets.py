@@ -115,9 +115,7 @@ LATTE_T2V = replace(
 OPENSORA_PLAN_11 = replace(
     LATTE_T2V,
     caption_length=300,
-    sampling=replace(
-        LATTE_T2V.sampling, method="pndm", steps=150, frames=65, fps=24, chunk=None, time=4
-    ),
+    sampling=replace(LATTE_T2V.sampling, method="pndm", steps=150, frames=65, fps=24, chunk=None, time=4),
 )
 # its v1.0.0, of the same files
 OPENSORA_PLAN_10 = replace(
@@ -137,9 +135,7 @@ PRESETS: dict[str, ModelConfig] = {
         sampling=replace(OPENSORA_10.sampling, height=256, width=256),
     ),
     "latte": LATTE,
-    "latte-ucf101": replace(
-        LATTE, told="class", classes=101, sampling=replace(LATTE.sampling, guidance=7.0)
-    ),
+    "latte-ucf101": replace(LATTE, told="class", classes=101, sampling=replace(LATTE.sampling, guidance=7.0)),
     "latte-t2v": LATTE_T2V,
     "opensora-plan-1.1-65x512x512": OPENSORA_PLAN_11,
     "opensora-plan-1.1-221x512x512": replace(

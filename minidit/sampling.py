@@ -90,6 +90,8 @@ def sample(
     if apart and not guided:
         raise ValueError("a guidance of 1 has no second half for other ranks: start fewer")
     layout.agree(z.device, z=z, text=text, lengths=lengths, null=null, guidance=guidance, plan=plan, sampler=sampler)
+    if text is not None and lengths is not None:
+        text = text[:, : int(lengths.max())]  # nobody attends to what lies behind
     batches = _halves(model, text, null, two_calls or apart) if guided else [text]
     if apart:
         batches = [batches[layout.half]]
@@ -97,7 +99,7 @@ def sample(
     lengths = None if lengths is None else lengths.repeat(copies)
     rate = torch.full((copies * len(z),), float(fps), device=z.device)
     latent = (z.shape[2], z.shape[3], z.shape[4])
-    length, itemsize = model.config.caption_length, model.dtype.itemsize
+    length, itemsize = 0 if text is None or text.dim() < 3 else text.shape[1], model.dtype.itemsize
     price = cost(model.config, batch=copies * len(z), latent=latent, caption_length=length, itemsize=itemsize)
     shares = layout.shares(plan, price, model.config.tokens(latent))
 

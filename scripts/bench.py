@@ -173,7 +173,7 @@ def prepared(model: DiT, config: ModelConfig, given: Given) -> tuple[Tensor, Con
     """The input of a model call, both halves of guidance, and what it is conditioned on."""
     run, z = config.sampling, given.z
     fps = torch.full((2,), float(run.fps), device=z.device)
-    text = torch.cat((given.text, given.null[None]))
+    text = torch.cat((given.text, given.null[None]))[:, : int(given.lengths)]  # as sample() cuts it
     latent = (z.shape[2], z.shape[3], z.shape[4])
     lengths = given.lengths.repeat(2)
     return z.repeat(2, 1, 1, 1, 1), model.prepare(

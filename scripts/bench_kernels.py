@@ -62,8 +62,7 @@ class Case:
     dim: int = 1152
     heads: int = 16
     axis: Axis = "spatial"
-    slots: int = 300  # tokens that a caption has room for
-    keys: int = 0  # and has
+    keys: int = 0  # of a caption
     updates: int = 0
     target: float | None = None  # ms; a pass over memory has SLACK instead
 
@@ -121,7 +120,7 @@ CASES = (
 
 def small(case: Case) -> Case:
     """The same on a shape that a CPU computes at once."""
-    return replace(case, t=min(case.t, 3), s=7, dim=32, heads=2, slots=12, keys=case.keys // 25)
+    return replace(case, t=min(case.t, 3), s=7, dim=32, heads=2, keys=case.keys // 25)
 
 
 class Stopwatch:
@@ -199,7 +198,7 @@ def arguments(case: Case, device: torch.device) -> tuple[Any, ...]:
             return tokens(3), case.heads, norm, Rope(cos, sin) if case.axis == "temporal" else None, case.axis
         case "cross_attention":
             lengths = torch.full((case.b,), case.keys, device=device)
-            return tokens(), normal(case.b, case.slots, 2, case.heads, head), lengths
+            return tokens(), normal(case.b, case.keys, 2, case.heads, head), lengths
         case "norm_modulate":
             return tokens(), row(), row(), *updates
         case "add_updates":

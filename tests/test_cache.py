@@ -364,7 +364,8 @@ def test_a_runs_operations_are_the_plans_to_the_last_one(model_and_run):
     config, run = model_and_run
     model = built(config)
     batch = run.batch * (1 if run.guidance == 1 else 2)
-    price = cost(config, batch=batch, latent=run.latent, caption_length=config.caption_length, itemsize=4)
+    longest = max(run.lengths) if run.lengths else config.caption_length
+    price = cost(config, batch=batch, latent=run.latent, caption_length=longest, itemsize=4)
     # attention as two matrix products, since PyTorch does not count the CPU's own kernel
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         video(model, run)
