@@ -59,11 +59,13 @@ def self_attention(
     *,
     rope_first: bool = False,
     bias: Tensor | None = None,
+    bound: float | None = None,
 ) -> Tensor:
     """Attention over the places of a frame, or over the frames of a place.
 
     qkv: (B, T, S, 3 * H * E), packed [q | k | v]; norm: weights (E,) of the RMSNorm of queries and of keys; rope is
-    applied after the norm, or first; bias: added to the scores of a key, (B, T, S), for "spatial"
+    applied after the norm, or first; bias: added to the scores of a key, (B, T, S), for "spatial"; bound: no score is
+    larger, or smaller than -bound, if that is known (see score_bound): it saves a kernel work and changes nothing
     -> (B, T, S, H * E).
     """
     b = qkv.shape[0]
@@ -96,6 +98,11 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x / rms(x) over the last axis in float32, cast back, then times weight (E,): Llama's order of roundings."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+
+def score_bound(q_weight: Tensor, k_weight: Tensor) -> Tensor:
+    """() the largest score that queries and keys normed with these weights (E,) can have: by Cauchy and Schwarz."""
+    return len(q_weight) ** 0.5 * (q_weight.float() * k_weight.float()).abs().max()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def why_not(
     *,
     rope_first: bool = False,
     bias: Tensor | None = None,
+    bound: float | None = None,
 ) -> str | None:
     """Why the kernels do not take these, None: they do."""
     channels = qkv.shape[-1] // (3 * heads)
@@ -51,60 +52,44 @@ def self_attention(
     *,
     rope_first: bool = False,
     bias: Tensor | None = None,
+    bound: float | None = None,
 ) -> Tensor:
     """See reference.self_attention; norm and rope are computed in float32 and rounded once."""
     launch.insist("self_attention", why_not(qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias))
     qkv = qkv.contiguous()
-    return _spatial(qkv, heads, norm) if axis == "spatial" else _temporal(qkv, heads, norm, rope, rope_first)
+    return _spatial(qkv, heads, norm, bound) if axis == "spatial" else _temporal(qkv, heads, norm, rope, rope_first)
 
 
-def _spatial(qkv: Tensor, heads: int, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+def _spatial(qkv: Tensor, heads: int, norm: tuple[Tensor, Tensor] | None, bound: float | None) -> Tensor:
     b, t, s, d = qkv.shape
     packed = qkv.view(b * t, s, 3 * heads, -1)  # (B T, S, 3 H, E)
     out = torch.empty(b * t, s, heads, packed.shape[-1], dtype=qkv.dtype, device=qkv.device)
     if norm is None:
-        flash.attend(packed, packed, packed, (0, heads, 2 * heads), out)
+        flash.attend(packed, packed, packed, (0, heads, 2 * heads), out, bound=bound)
     else:
         # keys are normed once, not again by every tile of queries; their weight goes with the queries'
-        weights = (norm[0].float() * norm[1].float()).contiguous()
-        flash.attend(packed, _normed_keys(packed, heads), packed, (0, 0, 2 * heads), out, weights=weights)
+        weights, keys = norm[0].float() * norm[1].float(), _normed_keys(packed, heads)
+        flash.attend(packed, keys, packed, (0, 0, 2 * heads), out, weights=weights, bound=bound)
     return out.view(b, t, s, d // 3)
 
 
 def _normed_keys(packed: Tensor, heads: int) -> Tensor:
-    """packed: (N, S, 3 H, E) -> (N, S or more, H, E) keys over their root mean square.
-
-    Copies of the last one fill up the last tile, see flash.attend; not in float32, which would show their rounding, and
-    not if they are most of the keys.
-    """
+    """packed: (N, S, 3 H, E) -> (N, S, H, E) keys over their root mean square."""
     n, s, _, channels = packed.shape
-    tile = flash.keys_of_a_tile(packed.dtype)
-    padded = s if s < tile or packed.dtype == torch.float32 else triton.cdiv(s, tile) * tile
-    out = torch.empty(n, padded, heads, channels, dtype=packed.dtype, device=packed.device)
-    count, rows = n * padded * heads, 32
-    grid = (triton.cdiv(count, rows),)
-    _norm_kernel[grid](packed, out, count, s, padded, heads, channels, *launch.cut(channels), rows, num_warps=4)
+    out = torch.empty(n, s, heads, channels, dtype=packed.dtype, device=packed.device)
+    count, rows = n * s * heads, 32
+    _norm_kernel[triton.cdiv(count, rows),](packed, out, count, heads, channels, *launch.cut(channels), rows)
     return out
 
 
 @triton.jit
 def _norm_kernel(
-    packed,
-    out,
-    count,
-    S,
-    PADDED,
-    H: tl.constexpr,
-    E: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
+    packed, out, count, H: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # a head of a token
-    token = row // H
-    source = token // PADDED * S + tl.minimum(token % PADDED, S - 1)
+    source = ((row // H * 3 + 1) * H + row % H) * E
     there = row < count
-    x, x2 = _head(packed, ((source * 3 + 1) * H + row % H) * E, there, E, MAIN, TAIL)
+    x, x2 = _head(packed, source, there, E, MAIN, TAIL)
     x, x2 = _rms_normed(x, x2, E, TAIL)
     _write_head(out, row * E, there, x, x2, E, MAIN, TAIL)
 
@@ -116,8 +101,8 @@ def _temporal(
     channels = d // (3 * heads)
     out = torch.empty(b, t, s, d // 3, dtype=qkv.dtype, device=qkv.device)
     tile = max(16, triton.next_power_of_2(t))
-    share = heads & -heads  # of the heads, those of a program
-    _temporal_kernel[b * s * (heads // share),](
+    wide = qkv.dtype == torch.float32
+    _temporal_kernel[b * s * heads,](
         qkv,
         *(norm or (None, None)),
         *(rope or (None, None)),
@@ -130,10 +115,10 @@ def _temporal(
         channels,
         *launch.cut(channels),
         tile,
-        share,
-        2,
-        "ieee" if qkv.dtype == torch.float32 else "tf32",
+        "ieee" if wide else "tf32",
         num_warps=1 if tile == 16 else 4 if tile <= 64 else 8,
+        # three programs for two at a time, where registers are what limits them
+        maxnreg=None if wide or tile > 64 or not qkv.is_cuda else 168,
     )
     return out
 
@@ -142,32 +127,31 @@ def _temporal(
 def _temporal_kernel(
     qkv, q_weight, k_weight, cos, sin, out, T, S, scale,
     ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    TILE: tl.constexpr, SHARE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) % (H // SHARE) * SHARE
-    place = (tl.program_id(0) // (H // SHARE)).to(tl.int64)  # of all samples
+    head = tl.program_id(0) % H
+    place = (tl.program_id(0) // H).to(tl.int64)  # of all samples
     t = tl.arange(0, TILE)
     token = (place // S * T + t) * S + place % S  # [TILE]
     there = t < T
     dtype: tl.constexpr = out.dtype.element_ty
-    for head in tl.range(first, first + SHARE, num_stages=STAGES):
-        q, q2 = _head(qkv, (token * 3 * H + head) * E, there, E, MAIN, TAIL)
-        k, k2 = _head(qkv, (token * 3 * H + H + head) * E, there, E, MAIN, TAIL)
-        v, v2 = _head(qkv, (token * 3 * H + 2 * H + head) * E, there, E, MAIN, TAIL)
-        q, q2 = _placed(q, q2, q_weight, cos, sin, t, there, ROPE_FIRST, E, MAIN, TAIL, TILE)
-        k, k2 = _placed(k, k2, k_weight, cos, sin, t, there, ROPE_FIRST, E, MAIN, TAIL, TILE)
-        scores = tl.dot(q.to(dtype), k.to(dtype).T, input_precision=PRECISION)
-        if TAIL:
-            scores = tl.dot(q2.to(dtype), k2.to(dtype).T, scores, input_precision=PRECISION)
-        scores = tl.where(there[None, :], scores * scale, float("-inf"))
-        weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        share = 1 / tl.sum(weight, 1)[:, None]
-        weight = weight.to(dtype)
-        a = tl.dot(weight, v.to(dtype), input_precision=PRECISION) * share
-        a2 = a
-        if TAIL:
-            a2 = tl.dot(weight, v2.to(dtype), input_precision=PRECISION) * share
-        _write_head(out, (token * H + head) * E, there, a, a2, E, MAIN, TAIL)
+    q, q2 = _head(qkv, (token * 3 * H + head) * E, there, E, MAIN, TAIL)
+    k, k2 = _head(qkv, (token * 3 * H + H + head) * E, there, E, MAIN, TAIL)
+    q, q2 = _placed(q, q2, q_weight, cos, sin, t, there, ROPE_FIRST, E, MAIN, TAIL, TILE)
+    k, k2 = _placed(k, k2, k_weight, cos, sin, t, there, ROPE_FIRST, E, MAIN, TAIL, TILE)
+    scores = tl.dot(q.to(dtype), k.to(dtype).T, input_precision=PRECISION)
+    if TAIL:
+        scores = tl.dot(q2.to(dtype), k2.to(dtype).T, scores, input_precision=PRECISION)
+    scores = tl.where(there[None, :], scores * scale, float("-inf"))
+    weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    share = 1 / tl.sum(weight, 1)[:, None]
+    weight = weight.to(dtype)
+    v, v2 = _head(qkv, (token * 3 * H + 2 * H + head) * E, there, E, MAIN, TAIL)
+    a = tl.dot(weight, v.to(dtype), input_precision=PRECISION) * share
+    a2 = a
+    if TAIL:
+        a2 = tl.dot(weight, v2.to(dtype), input_precision=PRECISION) * share
+    _write_head(out, (token * H + head) * E, there, a, a2, E, MAIN, TAIL)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ class Around(NamedTuple):
     rope: Rope | None = None  # temporal: the frames' rotary positions
     table: Tensor | None = None  # temporal: the frames' positions (T, D), for what attention sees alone
     bias: Tensor | None = None  # spatial: (B, T, S), added to the scores of keys
+    bound: float | None = None  # spatial: no score is larger, see reference.score_bound; None: unknown
     shares: Shares | None = None  # where the attended axis is shared among ranks
 
 
@@ -46,7 +47,14 @@ class SelfAttention(nn.Module):
             x = x + around.table[:, None]
         norm = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
         x = ops.self_attention(
-            self.qkv(x), self.heads, norm, around.rope, self.axis, rope_first=self.rope_first, bias=around.bias
+            self.qkv(x),
+            self.heads,
+            norm,
+            around.rope,
+            self.axis,
+            rope_first=self.rope_first,
+            bias=around.bias,
+            bound=around.bound,
         )
         x = self.proj(x)
         return x if around.shares is None else around.shares.back(x)

@@ -18,7 +18,7 @@ from minidit.cache import Cache
 from minidit.caption import CaptionEncoder
 from minidit.condition import Condition, Told
 from minidit.config import ModelConfig
-from minidit.kernels.reference import Rope, Update
+from minidit.kernels.reference import Rope, Update, score_bound
 from minidit.layers import Around, CrossAttention, Final, Mlp, SelfAttention, Sublayer
 from minidit.parallel import Shares, alone
 
@@ -171,11 +171,13 @@ class DiT(nn.Module):
         shares = shares or alone(*config.tokens(latent))
         bias = None if valid is None else shares.attended(self._bias(valid), 1)
 
+        bounds = self._bounds()
+
         def context(site: Site, f: Any) -> Any:
             traded = shares if shares.trades(site.part) else None
             match site.part:
                 case "spatial":
-                    return Around(bias=bias, shares=traded)
+                    return Around(bias=bias, bound=bounds.get(site), shares=traded)
                 case "temporal":
                     return Around(rope=rope, table=moments if branch and site == first else None, shares=traded)
                 case "cross":
@@ -214,6 +216,15 @@ class DiT(nn.Module):
                 return embed.moments(frames, self.config.dim, positions.pace).to(self.patch.weight)
             case _:
                 return None
+
+    def _bounds(self) -> dict[Site, float]:
+        """The largest scores of attention within a frame, known where it norms; not in training, where they change."""
+        if not self.config.qk_norm or torch.is_grad_enabled():
+            return {}
+        spatial = [site for site in self.sites if site.part == "spatial"]
+        layers = [self.blocks[site.block]["spatial"].f for site in spatial]
+        bounds = torch.stack([score_bound(f.q_norm, f.k_norm) for f in layers])
+        return dict(zip(spatial, bounds.tolist(), strict=True))  # one wait for the device
 
     def _bias(self, valid: Tensor) -> Tensor:
         """(B, T, H, W) -> (B, T, S): -10000 for places none of whose latents is valid, as in Open-Sora-Plan."""

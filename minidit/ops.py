@@ -62,10 +62,11 @@ def self_attention(
     *,
     rope_first: bool = False,
     bias: Tensor | None = None,
+    bound: float | None = None,
 ) -> Tensor:
     """See reference.self_attention."""
     f = _chosen("self_attention", qkv, heads, norm, rope, axis, bias=bias)
-    return f(qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias)
+    return f(qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias, bound=bound)
 
 
 def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:

@@ -189,13 +189,20 @@ def test_attention_to_captions_of_many_lengths(size, heads, channels, dtype, len
     obeys(cross_attention, q, kv, None if drawn is None else torch.tensor(drawn, device=DEVICE))
 
 
-@pytest.mark.parametrize("large", [1.0, 3.0, 100.0])
-def test_scores_too_large_for_their_bound_are_searched_for_their_largest(large):
-    """Weights of 100 make scores of thousands: the softmax is then a choice of one key."""
-    qkv, weight = normal(1, 1, 40, 3 * 72), torch.full((72,), large, device=DEVICE)
-    bound = 72**0.5 * large**2 * 1.4427
-    assert (bound > flash.HIGHEST_BOUND) == (large > 2)
-    obeys(self_attention, qkv, 1, (weight, weight), None, "spatial")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("large", [0.1, 1.0, 2.8, 100.0])
+def test_a_bound_of_the_scores_changes_nothing(dtype, large):
+    """With a weight of 2.8 a bound of float32 is just low enough; one of 100 makes the softmax a choice of one key."""
+    qkv, weight = normal(1, 1, 150, 3 * 72, dtype=dtype), torch.full((72,), large, device=DEVICE, dtype=dtype)
+    qkv[:, :, 5:, :72] = qkv[:, :, 4:5, :72]
+    qkv[:, :, 50:, 72:144] = -qkv[:, :, 4:5, :72]  # keys that most queries have the smallest score with
+    qkv[:, :, 60, 72:144] = qkv[:, :, 4, :72]  # and the largest
+    bound = reference.score_bound(weight, weight).item()
+    assert (bound * 1.4427 <= flash.BOUNDS[torch.float32]) == (large < 3)
+    q, k = (reference.rms_norm(qkv[..., at : at + 72], weight).double() for at in (0, 72))
+    scores = q @ k.mT
+    assert scores.abs().max() / 72**0.5 == pytest.approx(bound, rel=0.02)
+    obeys(self_attention, qkv, 1, (weight, weight), None, "spatial", bound=bound)
 
 
 def test_a_caption_of_no_tokens_adds_nothing():
