@@ -52,14 +52,14 @@ def attend(
     out: Tensor,
     *,
     lengths: Tensor | None = None,
-    weights: Tensor | None = None,
+    normed: bool = False,
     bound: float | None = None,
 ) -> None:
     """Write softmax(q k / sqrt(E)) v into out.
 
     out: (N, M, H, E); q: (N, M, ..., E), k, v: (N, L, ..., E), of whose heads H are used, from the first (of q, of k,
-    of v); lengths: (N,) keys that count, None: all; weights: (E,) by which queries are RMS-normed here, where keys are
-    already; bound: of the size of a score, None: unknown.
+    of v); lengths: (N,) keys that count, None: all; normed: queries count as if over their root mean square; bound: of
+    the size of a score, None: unknown.
     """
     n, m, heads, channels = out.shape
     wide = out.dtype == torch.float32
@@ -70,10 +70,10 @@ def attend(
         *descriptors(v, tile_n),
         *descriptors(out, tile_m),
         lengths,
-        weights,
         k.shape[1],
         *first,
         scale(channels),
+        normed,
         bound is None or bound * math.log2(math.e) > BOUNDS[out.dtype],
         channels,
         *launch.cut(channels),
@@ -96,12 +96,12 @@ def _kernel(
     out_main,
     out_tail,
     lengths,
-    weights,
     L,
     q_head,
     k_head,
     v_head,
     scale,
+    NORMED: tl.constexpr,
     SEEK: tl.constexpr,
     E: tl.constexpr,
     MAIN: tl.constexpr,
@@ -121,16 +121,13 @@ def _kernel(
     q2 = q
     if TAIL:
         q2 = q_tail.load([sample, first, q_head + head, MAIN]).reshape(M, TAIL)
-    if weights is not None:
-        wide, wide2 = q.to(tl.float32), q2.to(tl.float32)
-        square = tl.sum(wide * wide, 1)
+    factor = tl.full([M], scale, tl.float32)
+    if NORMED:
+        # by the scores and not by the queries, which so stay in the registers that they are multiplied from
+        square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
         if TAIL:
-            square += tl.sum(wide2 * wide2, 1)
-        factor = scale * tl.rsqrt(square / E + 1e-6)[:, None]
-        at, at2 = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL if TAIL else MAIN)
-        q = (wide * factor * tl.load(weights + at, at < E, other=0)[None, :]).to(dtype)
-        q2 = (wide2 * factor * tl.load(weights + at2, at2 < E, other=0)[None, :]).to(dtype)
-        scale = 1.0  # it is in the queries now
+            square += tl.sum(q2.to(tl.float32) * q2.to(tl.float32), 1)
+        factor *= tl.rsqrt(square / E + 1e-6)
 
     most = tl.full([M], float("-inf"), tl.float32)  # the largest score of each row so far
     total = tl.zeros([M], tl.float32)
@@ -146,15 +143,15 @@ def _kernel(
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
         scores = tl.where((start + tl.arange(0, N))[None, :] < length, scores, float("-inf"))
         if SEEK:
-            most_now = tl.maximum(most, tl.max(scores, 1) * scale)
+            most_now = tl.maximum(most, tl.max(scores, 1) * factor)
             shrink = tl.exp2(most - most_now)
             total *= shrink
             acc *= shrink[:, None]
             acc2 *= shrink[:, None]
             most = most_now
-            weight = tl.exp2(scores * scale - most[:, None])
+            weight = tl.exp2(scores * factor[:, None] - most[:, None])
         else:
-            weight = tl.exp2(scores * scale)
+            weight = tl.exp2(scores * factor[:, None])
         total += tl.sum(weight, 1)
         weight = weight.to(dtype)
         v = v_main.load([sample, start, values, 0]).reshape(N, MAIN)

@@ -15,6 +15,7 @@ from minidit.kernels import flash, launch
 from minidit.kernels.reference import Axis, Rope
 
 MOST_FRAMES = 128  # of attention along frames: one tile
+WIDTH = 32  # channels of a head that it takes at a time
 
 
 def why_not(
@@ -67,31 +68,58 @@ def _spatial(qkv: Tensor, heads: int, norm: tuple[Tensor, Tensor] | None, bound:
     if norm is None:
         flash.attend(packed, packed, packed, (0, heads, 2 * heads), out, bound=bound)
     else:
-        # keys are normed once, not again by every tile of queries; their weight goes with the queries'
-        weights, keys = norm[0].float() * norm[1].float(), _normed_keys(packed, heads)
-        flash.attend(packed, keys, packed, (0, 0, 2 * heads), out, weights=weights, bound=bound)
+        # keys are normed once, not again by every tile of queries; the weight of queries goes with theirs
+        keys = _normed_keys(packed, heads, *norm)
+        flash.attend(packed, keys, packed, (0, 0, 2 * heads), out, normed=True, bound=bound)
     return out.view(b, t, s, d // 3)
 
 
-def _normed_keys(packed: Tensor, heads: int) -> Tensor:
-    """packed: (N, S, 3 H, E) -> (N, S, H, E) keys over their root mean square."""
+def _normed_keys(packed: Tensor, heads: int, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+    """packed: (N, S, 3 H, E) -> (N, S, H, E) keys over their root mean square, times both weights."""
     n, s, _, channels = packed.shape
     out = torch.empty(n, s, heads, channels, dtype=packed.dtype, device=packed.device)
     count, rows = n * s * heads, 32
-    _norm_kernel[triton.cdiv(count, rows),](packed, out, count, heads, channels, *launch.cut(channels), rows)
+    _norm_kernel[triton.cdiv(count, rows),](
+        packed, q_weight, k_weight, out, count, heads, channels, *launch.cut(channels), rows
+    )
     return out
 
 
 @triton.jit
 def _norm_kernel(
-    packed, out, count, H: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr
+    packed,
+    q_weight,
+    k_weight,
+    out,
+    count,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # a head of a token
-    source = ((row // H * 3 + 1) * H + row % H) * E
-    there = row < count
-    x, x2 = _head(packed, source, there, E, MAIN, TAIL)
-    x, x2 = _rms_normed(x, x2, E, TAIL)
-    _write_head(out, row * E, there, x, x2, E, MAIN, TAIL)
+    source, there = packed + ((row // H * 3 + 1) * H + row % H) * E, row < count
+    at = tl.arange(0, MAIN)
+    mask = there[:, None] & (at < E)[None, :]
+    x = tl.load(source[:, None] + at[None, :], mask, other=0).to(tl.float32)
+    square = tl.sum(x * x, 1)
+    if TAIL:
+        at2 = MAIN + tl.arange(0, TAIL)
+        mask2 = there[:, None] & (at2 < E)[None, :]
+        x2 = tl.load(source[:, None] + at2[None, :], mask2, other=0).to(tl.float32)
+        square += tl.sum(x2 * x2, 1)
+    factor = tl.rsqrt(square / E + 1e-6)[:, None]
+    tl.store(out + row[:, None] * E + at[None, :], x * factor * _product(q_weight, k_weight, at, E)[None, :], mask)
+    if TAIL:
+        x2 = x2 * factor * _product(q_weight, k_weight, at2, E)[None, :]
+        tl.store(out + row[:, None] * E + at2[None, :], x2, mask2)
+
+
+@triton.jit
+def _product(q_weight, k_weight, at, E: tl.constexpr):
+    q, k = tl.load(q_weight + at, at < E, other=0), tl.load(k_weight + at, at < E, other=0)
+    return q.to(tl.float32) * k.to(tl.float32)
 
 
 def _temporal(
@@ -100,7 +128,7 @@ def _temporal(
     b, t, s, d = qkv.shape
     channels = d // (3 * heads)
     out = torch.empty(b, t, s, d // 3, dtype=qkv.dtype, device=qkv.device)
-    tile = max(16, triton.next_power_of_2(t))
+    tile, rest = max(16, triton.next_power_of_2(t)), channels % WIDTH
     wide = qkv.dtype == torch.float32
     _temporal_kernel[b * s * heads,](
         qkv,
@@ -113,12 +141,13 @@ def _temporal(
         rope_first,
         heads,
         channels,
-        *launch.cut(channels),
+        WIDTH,
+        max(16, triton.next_power_of_2(rest)) if rest else 0,
         tile,
         "ieee" if wide else "tf32",
         num_warps=1 if tile == 16 else 4 if tile <= 64 else 8,
-        # three programs for two at a time, where registers are what limits them
-        maxnreg=None if wide or tile > 64 or not qkv.is_cuda else 168,
+        # four programs for two at a time, where registers are what limits them
+        maxnreg=None if wide or tile > 64 or not qkv.is_cuda else 128,
     )
     return out
 
@@ -126,97 +155,95 @@ def _temporal(
 @triton.jit
 def _temporal_kernel(
     qkv, q_weight, k_weight, cos, sin, out, T, S, scale,
-    ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A head of a place, some of its channels after the other: few of them are in registers at a time.
+
+    The norm's factor of a row changes places with its weight and with turning, so the scores are multiplied by it.
+    """
     head = tl.program_id(0) % H
     place = (tl.program_id(0) // H).to(tl.int64)  # of all samples
     t = tl.arange(0, TILE)
     token = (place // S * T + t) * S + place % S  # [TILE]
     there = t < T
-    dtype: tl.constexpr = out.dtype.element_ty
-    q, q2 = _head(qkv, (token * 3 * H + head) * E, there, E, MAIN, TAIL)
-    k, k2 = _head(qkv, (token * 3 * H + H + head) * E, there, E, MAIN, TAIL)
-    q, q2 = _placed(q, q2, q_weight, cos, sin, t, there, ROPE_FIRST, E, MAIN, TAIL, TILE)
-    k, k2 = _placed(k, k2, k_weight, cos, sin, t, there, ROPE_FIRST, E, MAIN, TAIL, TILE)
-    scores = tl.dot(q.to(dtype), k.to(dtype).T, input_precision=PRECISION)
+    q, k = qkv + (token * 3 * H + head) * E, qkv + (token * 3 * H + H + head) * E
+    v, a = qkv + (token * 3 * H + 2 * H + head) * E, out + (token * H + head) * E
+    sums = (tl.zeros([TILE, TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32))
+    for i in tl.static_range(E // WIDTH):
+        sums = _scored(
+            sums, q, k, q_weight, k_weight, cos, sin, t, there, i * WIDTH, WIDTH, ROPE_FIRST, E, TILE, PRECISION
+        )
     if TAIL:
-        scores = tl.dot(q2.to(dtype), k2.to(dtype).T, scores, input_precision=PRECISION)
-    scores = tl.where(there[None, :], scores * scale, float("-inf"))
+        sums = _scored(
+            sums, q, k, q_weight, k_weight, cos, sin, t, there, E // WIDTH * WIDTH, TAIL, ROPE_FIRST, E, TILE, PRECISION
+        )
+    scores, q_square, k_square = sums
+    scores *= scale
+    if q_weight is not None:
+        scores *= tl.rsqrt(q_square / E + 1e-6)[:, None] * tl.rsqrt(k_square / E + 1e-6)[None, :]
+    scores = tl.where(there[None, :], scores, float("-inf"))
     weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
     share = 1 / tl.sum(weight, 1)[:, None]
-    weight = weight.to(dtype)
-    v, v2 = _head(qkv, (token * 3 * H + 2 * H + head) * E, there, E, MAIN, TAIL)
-    a = tl.dot(weight, v.to(dtype), input_precision=PRECISION) * share
-    a2 = a
+    weight = weight.to(out.dtype.element_ty)
+    for i in tl.static_range(E // WIDTH):
+        _summed(weight, share, v, a, there, i * WIDTH, WIDTH, E, PRECISION)
     if TAIL:
-        a2 = tl.dot(weight, v2.to(dtype), input_precision=PRECISION) * share
-    _write_head(out, (token * H + head) * E, there, a, a2, E, MAIN, TAIL)
+        _summed(weight, share, v, a, there, E // WIDTH * WIDTH, TAIL, E, PRECISION)
+
+
+@triton.jit
+def _scored(
+    sums, q, k, q_weight, k_weight, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    ROPE_FIRST: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What WIDTH channels from FIRST on add to the scores, and to the sums of squares of queries and of keys."""
+    scores, q_square, k_square = sums
+    at = FIRST + tl.arange(0, WIDTH)
+    mask = there[:, None] & (at < E)[None, :]
+    x, y = tl.load(q[:, None] + at[None, :], mask, other=0), tl.load(k[:, None] + at[None, :], mask, other=0)
+    dtype: tl.constexpr = x.dtype
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    if q_weight is not None:
+        q_square += tl.sum(x * x, 1)
+        k_square += tl.sum(y * y, 1)
+    x = _placed(x, q_weight, cos, sin, t, there, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(dtype)
+    y = _placed(y, k_weight, cos, sin, t, there, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(dtype)
+    return tl.dot(x, y.T, scores, input_precision=PRECISION), q_square, k_square
 
 
 @triton.jit
 def _placed(
-    x, x2, weight, cos, sin, t, there,
-    ROPE_FIRST: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr,
+    x, weight, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    ROPE_FIRST: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Queries or keys, normed and turned, or turned and normed; what is None is left out."""
+    """Channels times their weight and turned, or turned first; what is None is left out."""
     if ROPE_FIRST:
-        x, x2 = _turned(x, x2, cos, sin, t, there, E, MAIN, TAIL, TILE)
+        x = _turned(x, cos, sin, t, there, FIRST, WIDTH, E, TILE)
     if weight is not None:
-        x, x2 = _rms_normed(x, x2, E, TAIL)
-        at = tl.arange(0, MAIN)
+        at = FIRST + tl.arange(0, WIDTH)
         x *= tl.load(weight + at, at < E, other=0).to(tl.float32)[None, :]
-        if TAIL:
-            at2 = MAIN + tl.arange(0, TAIL)
-            x2 *= tl.load(weight + at2, at2 < E, other=0).to(tl.float32)[None, :]
     if cos is not None and not ROPE_FIRST:
-        x, x2 = _turned(x, x2, cos, sin, t, there, E, MAIN, TAIL, TILE)
-    return x, x2
+        x = _turned(x, cos, sin, t, there, FIRST, WIDTH, E, TILE)
+    return x
 
 
 @triton.jit
-def _turned(x, x2, cos, sin, t, there, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr):
-    x = _turn(x, cos, sin, t, there, 0, E, MAIN, TILE)
-    if TAIL:
-        x2 = _turn(x2, cos, sin, t, there, MAIN // 2, E, TAIL, TILE)
-    return x, x2
-
-
-@triton.jit
-def _turn(x, cos, sin, t, there, FIRST: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """The pairs (2i, 2i + 1) of x [TILE, WIDTH], of which the tables' first column is FIRST."""
+def _turned(x, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr):
+    """The pairs (2i, 2i + 1) of channels [TILE, WIDTH], the first of which is FIRST."""
     even, odd = tl.split(x.reshape(TILE, WIDTH // 2, 2))
-    column = FIRST + tl.arange(0, WIDTH // 2)[None, :]
+    column = FIRST // 2 + tl.arange(0, WIDTH // 2)[None, :]
     at, mask = t[:, None] * (E // 2) + column, there[:, None] & (column < E // 2)
     c, s = tl.load(cos + at, mask, other=0), tl.load(sin + at, mask, other=0)
     return tl.join(even * c - odd * s, odd * c + even * s).reshape(TILE, WIDTH)
 
 
 @triton.jit
-def _rms_normed(x, x2, E: tl.constexpr, TAIL: tl.constexpr):
-    square = tl.sum(x * x, 1)
-    if TAIL:
-        square += tl.sum(x2 * x2, 1)
-    factor = tl.rsqrt(square / E + 1e-6)[:, None]
-    return x * factor, x2 * factor
-
-
-@triton.jit
-def _head(pointer, row, there, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """Main and tail of a head in float32, zero where there is nothing. row: where each begins; without a tail: main."""
-    at = tl.arange(0, MAIN)[None, :]
-    x = tl.load(pointer + row[:, None] + at, there[:, None] & (at < E), other=0).to(tl.float32)
-    x2 = x
-    if TAIL:
-        at2 = MAIN + tl.arange(0, TAIL)[None, :]
-        x2 = tl.load(pointer + row[:, None] + at2, there[:, None] & (at2 < E), other=0).to(tl.float32)
-    return x, x2
-
-
-@triton.jit
-def _write_head(pointer, row, there, x, x2, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    at = tl.arange(0, MAIN)[None, :]
-    tl.store(pointer + row[:, None] + at, x, there[:, None] & (at < E))
-    if TAIL:
-        at2 = MAIN + tl.arange(0, TAIL)[None, :]
-        tl.store(pointer + row[:, None] + at2, x2, there[:, None] & (at2 < E))
+def _summed(
+    weight, share, v, out, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The mean of WIDTH channels of the values from FIRST on, by their weights."""
+    at = FIRST + tl.arange(0, WIDTH)[None, :]
+    mask = there[:, None] & (at < E)
+    values = tl.load(v[:, None] + at, mask, other=0)
+    tl.store(out[:, None] + at, tl.dot(weight, values, input_precision=PRECISION) * share, mask)
