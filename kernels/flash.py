@@ -81,7 +81,7 @@ def attend(
         tile_n,
         "ieee" if wide else "tf32",
         num_warps=4,
-        num_stages=2 if wide else 3,
+        num_stages=2 if wide else 4 if channels <= 96 else 3,
     )
 
 

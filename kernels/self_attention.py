@@ -15,7 +15,6 @@ from minidit.kernels import flash, launch
 from minidit.kernels.reference import Axis, Rope
 
 MOST_FRAMES = 128  # of attention along frames: one tile
-WIDTH = 32  # channels of a head that it takes at a time
 
 
 def why_not(
@@ -128,8 +127,10 @@ def _temporal(
     b, t, s, d = qkv.shape
     channels = d // (3 * heads)
     out = torch.empty(b, t, s, d // 3, dtype=qkv.dtype, device=qkv.device)
-    tile, rest = max(16, triton.next_power_of_2(t)), channels % WIDTH
-    wide = qkv.dtype == torch.float32
+    tile, wide = max(16, triton.next_power_of_2(t)), qkv.dtype == torch.float32
+    # channels at a time; 32 of a tile that warpgroups multiply are read wrong (Triton 3.6)
+    width = 32 if tile < 64 else 64
+    rest = channels % width
     _temporal_kernel[b * s * heads,](
         qkv,
         *(norm or (None, None)),
@@ -141,13 +142,13 @@ def _temporal(
         rope_first,
         heads,
         channels,
-        WIDTH,
-        max(16, triton.next_power_of_2(rest)) if rest else 0,
+        width,
+        0 if rest == 0 else 16 if rest <= 16 else width,
         tile,
         "ieee" if wide else "tf32",
-        num_warps=1 if tile == 16 else 4 if tile <= 64 else 8,
-        # four programs for two at a time, where registers are what limits them
-        maxnreg=None if wide or tile > 64 or not qkv.is_cuda else 128,
+        num_warps=tile // 16,
+        # registers are what limits how many programs run at a time
+        maxnreg=None if wide or tile > 64 or not qkv.is_cuda else 168 if tile == 64 else 128,
     )
     return out
 

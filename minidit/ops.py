@@ -47,10 +47,8 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> 
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See reference.linear_gelu. Its kernel is cuBLASLt's and not Triton's, so on a CPU nobody can ask for it."""
-    if x.device.type != "cuda":
-        return reference.linear_gelu(x, weight, bias)
-    return _chosen("linear_gelu", x, weight, bias)(x, weight, bias)
+    """See reference.linear_gelu. Its kernel is cuBLASLt's: asking for Triton's does not insist on it."""
+    return _chosen("linear_gelu", x, weight, bias, insist=False)(x, weight, bias)
 
 
 def self_attention(
@@ -74,7 +72,7 @@ def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
     return _chosen("cross_attention", q, kv, lengths)(q, kv, lengths)
 
 
-def _chosen(op: str, *args: Any, **options: Any) -> Any:
+def _chosen(op: str, *args: Any, insist: bool = True, **options: Any) -> Any:
     asked = _asked.get()
     # the compiler fuses the meaning by itself
     if asked == "torch" or torch.compiler.is_compiling() or (asked == "auto" and args[0].device.type != "cuda"):
@@ -83,7 +81,7 @@ def _chosen(op: str, *args: Any, **options: Any) -> Any:
     why_not = "triton is not installed" if kernel is None else kernel.why_not(*args, **options)
     if why_not is None:
         return getattr(kernel, op)
-    if asked == "triton":
+    if asked == "triton" and insist:
         raise RuntimeError(f"{op} cannot be computed by its Triton kernel: {why_not}")
     return getattr(reference, op)
 
