@@ -1,7 +1,7 @@
 """Self-attention that reads the packed projection where it lies, with QK-RMSNorm and RoPE inside.
 
-Within a frame: `flash`, over tiles of keys. Along the frames of a place: all keys are one tile, so a program is one head
-of one place, or a part of its queries, and reads the projection where it lies.
+Within a frame: `flash`, over tiles of keys. Along the frames of a place: all frames are one tile, so a program is one
+head of one place, and the projection is read once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from minidit.kernels import flash, launch
 from minidit.kernels.reference import Axis, Rope
 
-MOST_FRAMES = 128  # of attention along frames, which are all keys of a program
-WIDTH = 32  # channels of a head that it takes at a time
+MOST_FRAMES = 32  # of attention along frames: one tile, and so few rows that no warpgroup multiplies, see README.md
+WIDTH = 32  # channels of a head that attention along frames takes at a time
 
 
 def why_not(
@@ -128,12 +128,9 @@ def _temporal(
     b, t, s, d = qkv.shape
     channels = d // (3 * heads)
     out = torch.empty(b, t, s, d // 3, dtype=qkv.dtype, device=qkv.device)
-    keys = max(16, triton.next_power_of_2(t))
-    queries = min(
-        keys, 32
-    )  # so few that no warpgroup multiplies, whose tiles of a few channels are slow and read wrong
-    rest, wide = channels % WIDTH, qkv.dtype == torch.float32
-    _temporal_kernel[triton.cdiv(t, queries) * b * s * heads,](
+    tile, rest = max(16, triton.next_power_of_2(t)), channels % WIDTH
+    wide = qkv.dtype == torch.float32
+    _temporal_kernel[b * s * heads,](
         qkv,
         *(norm or (None, None)),
         *(rope or (None, None)),
@@ -146,12 +143,11 @@ def _temporal(
         channels,
         WIDTH,
         0 if rest == 0 else 16 if rest <= 16 else WIDTH,
-        queries,
-        keys,
+        tile,
         "ieee" if wide else "tf32",
-        num_warps=keys // 16,
+        num_warps=tile // 16,
         # registers are what limits how many programs run at a time
-        maxnreg=128 if qkv.is_cuda and not wide and keys <= 32 else None,
+        maxnreg=128 if qkv.is_cuda and not wide else None,
     )
     return out
 
@@ -160,59 +156,59 @@ def _temporal(
 def _temporal_kernel(
     qkv, q_weight, k_weight, cos, sin, out, T, S, scale,
     ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M queries and all N keys of a head of a place, some channels after the other: so few are in registers at a time.
+    """A head of a place, some of its channels after the other: few of them are in registers at a time.
 
     The norm's factor of a row changes places with its weight and with turning, so the scores are multiplied by it.
     """
     head = tl.program_id(0) % H
-    tile = tl.program_id(0) // H % tl.cdiv(T, M)
-    place = (tl.program_id(0) // H // tl.cdiv(T, M)).to(tl.int64)  # of all samples
-    first = place // S * T * S + place % S  # token
-    m, n = tile * M + tl.arange(0, M), tl.arange(0, N)  # frames of the queries, of the keys
-    q, out = qkv + ((first + m * S) * 3 * H + head) * E, out + ((first + m * S) * H + head) * E
-    k, v = qkv + ((first + n * S) * 3 * H + H + head) * E, qkv + ((first + n * S) * 3 * H + 2 * H + head) * E
-    sums = (tl.zeros([M, N], tl.float32), tl.zeros([M], tl.float32), tl.zeros([N], tl.float32))
+    place = (tl.program_id(0) // H).to(tl.int64)  # of all samples
+    t = tl.arange(0, TILE)
+    token = (place // S * T + t) * S + place % S  # [TILE]
+    there = t < T
+    q, k = qkv + (token * 3 * H + head) * E, qkv + (token * 3 * H + H + head) * E
+    v, a = qkv + (token * 3 * H + 2 * H + head) * E, out + (token * H + head) * E
+    sums = (tl.zeros([TILE, TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32))
     for i in tl.static_range(E // WIDTH):
         sums = _scored(
-            sums, q, k, q_weight, k_weight, cos, sin, m, n, T, i * WIDTH, WIDTH, ROPE_FIRST, E, M, N, PRECISION
+            sums, q, k, q_weight, k_weight, cos, sin, t, there, i * WIDTH, WIDTH, ROPE_FIRST, E, TILE, PRECISION
         )
     if TAIL:
         sums = _scored(
-            sums, q, k, q_weight, k_weight, cos, sin, m, n, T, E // WIDTH * WIDTH, TAIL, ROPE_FIRST, E, M, N, PRECISION
+            sums, q, k, q_weight, k_weight, cos, sin, t, there, E // WIDTH * WIDTH, TAIL, ROPE_FIRST, E, TILE, PRECISION
         )
     scores, q_square, k_square = sums
     scores *= scale
     if q_weight is not None:
         scores *= tl.rsqrt(q_square / E + 1e-6)[:, None] * tl.rsqrt(k_square / E + 1e-6)[None, :]
-    scores = tl.where((n < T)[None, :], scores, float("-inf"))
+    scores = tl.where(there[None, :], scores, float("-inf"))
     weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
     share = 1 / tl.sum(weight, 1)[:, None]
-    weight = weight.to(qkv.dtype.element_ty)
+    weight = weight.to(out.dtype.element_ty)
     for i in tl.static_range(E // WIDTH):
-        _summed(weight, share, v, out, m, n, T, i * WIDTH, WIDTH, E, PRECISION)
+        _summed(weight, share, v, a, there, i * WIDTH, WIDTH, E, PRECISION)
     if TAIL:
-        _summed(weight, share, v, out, m, n, T, E // WIDTH * WIDTH, TAIL, E, PRECISION)
+        _summed(weight, share, v, a, there, E // WIDTH * WIDTH, TAIL, E, PRECISION)
 
 
 @triton.jit
 def _scored(
-    sums, q, k, q_weight, k_weight, cos, sin, m, n, T, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    ROPE_FIRST: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    sums, q, k, q_weight, k_weight, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    ROPE_FIRST: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What WIDTH channels from FIRST on add to the scores, and to the sums of squares of queries and of keys."""
     scores, q_square, k_square = sums
-    at = FIRST + tl.arange(0, WIDTH)[None, :]
-    x = tl.load(q[:, None] + at, (m < T)[:, None] & (at < E), other=0)
-    y = tl.load(k[:, None] + at, (n < T)[:, None] & (at < E), other=0)
+    at = FIRST + tl.arange(0, WIDTH)
+    mask = there[:, None] & (at < E)[None, :]
+    x, y = tl.load(q[:, None] + at[None, :], mask, other=0), tl.load(k[:, None] + at[None, :], mask, other=0)
     dtype: tl.constexpr = x.dtype
     x, y = x.to(tl.float32), y.to(tl.float32)
     if q_weight is not None:
         q_square += tl.sum(x * x, 1)
         k_square += tl.sum(y * y, 1)
-    x = _placed(x, q_weight, cos, sin, m, m < T, FIRST, WIDTH, ROPE_FIRST, E, M).to(dtype)
-    y = _placed(y, k_weight, cos, sin, n, n < T, FIRST, WIDTH, ROPE_FIRST, E, N).to(dtype)
+    x = _placed(x, q_weight, cos, sin, t, there, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(dtype)
+    y = _placed(y, k_weight, cos, sin, t, there, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(dtype)
     return tl.dot(x, y.T, scores, input_precision=PRECISION), q_square, k_square
 
 
@@ -244,10 +240,10 @@ def _turned(x, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: 
 
 @triton.jit
 def _summed(
-    weight, share, v, out, m, n, T, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr
+    weight, share, v, out, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr
 ):
     """The mean of WIDTH channels of the values from FIRST on, by their weights."""
     at = FIRST + tl.arange(0, WIDTH)[None, :]
-    values = tl.load(v[:, None] + at, (n < T)[:, None] & (at < E), other=0)
-    mean = tl.dot(weight, values, input_precision=PRECISION) * share
-    tl.store(out[:, None] + at, mean, (m < T)[:, None] & (at < E))
+    mask = there[:, None] & (at < E)
+    values = tl.load(v[:, None] + at, mask, other=0)
+    tl.store(out[:, None] + at, tl.dot(weight, values, input_precision=PRECISION) * share, mask)
