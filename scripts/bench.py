@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -428,9 +428,10 @@ def command_line() -> Parser:
     return parser
 
 
-def measure_all(args: argparse.Namespace, cases: Mapping[str, Case], device: torch.device, limit: float) -> list[Any]:
+def measure_all(
+    args: argparse.Namespace, cases: Mapping[str, Case], device: torch.device, limit: float
+) -> Iterator[dict[str, Any]]:
     """A row for every case, recipe and implementation that is asked for."""
-    rows = list[dict[str, Any]]()
     for name, case in cases.items():
         model, given = build(case.config, device)
         impls = args.impl or (("auto",) if args.quick else case.impls)
@@ -447,12 +448,11 @@ def measure_all(args: argparse.Namespace, cases: Mapping[str, Case], device: tor
                     whole=case.whole and impl == impls[0] and not args.quick,
                     limit=limit,
                 )
-                rows.append(row)
                 print(report(row), flush=True)
+                yield row
         del model, given
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -478,10 +478,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     limits = ceilings(device)
     print(f"matmul {limits['matmul_flops_s'] / 1e12:.0f} TFLOP/s", flush=True)
-    rows = measure_all(args, cases, device, limits["matmul_flops_s"])
     found = origin(device, "bench", sys.argv[1:] if argv is None else argv)
-    asked = (args.cases, args.recipes, args.impl, args.steps, args.quick, device.type == "cpu")
-    finish("steps", args, {**found, **limits, "rows": rows}, RESULT, partial=any(asked))
+    partial = any((args.cases, args.recipes, args.impl, args.steps, args.quick, device.type == "cpu"))
+    rows, complete = list[dict[str, Any]](), False
+    try:
+        for row in measure_all(args, cases, device, limits["matmul_flops_s"]):
+            rows.append(row)
+        complete = True
+    finally:  # a case that fails does not take the others with it
+        finish("steps", args, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
     return 0
 
 

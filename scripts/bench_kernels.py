@@ -481,13 +481,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="torch.*")  # a backend that refuses a shape says so at length
     limits, rows = ceilings(device), list[dict[str, Any]]()
     print(f"copy {limits['copy_bytes_s'] / 1e12:.2f} TB/s, matmul {limits['matmul_flops_s'] / 1e12:.0f} TFLOP/s")
-    for case in [case for case in CASES if not args.only or case.op in args.only]:
-        case = case if device.type == "cuda" else small(case)
-        rows.append(measure(case, limits, 10 if args.quick else 40, not args.quick, device))
-        print(report(rows[-1]), flush=True)
     found = origin(device, "bench_kernels", sys.argv[1:] if argv is None else argv)
-    partial = bool(args.only or args.quick or device.type == "cpu")
-    finish("kernels", args, {**found, **limits, "rows": rows}, RESULT, partial)
+    partial, complete = bool(args.only or args.quick or device.type == "cpu"), False
+    try:
+        for case in [case for case in CASES if not args.only or case.op in args.only]:
+            case = case if device.type == "cuda" else small(case)
+            rows.append(measure(case, limits, 10 if args.quick else 40, not args.quick, device))
+            print(report(rows[-1]), flush=True)
+        complete = True
+    finally:  # a case that fails does not take the others with it
+        finish("kernels", args, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
     return int(any("failed" in row["candidates"].get("ours", {}) for row in rows))
 
 
