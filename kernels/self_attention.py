@@ -25,9 +25,8 @@ def why_not(
     rope: Rope | None,
     axis: Axis,
     *,
-    rope_first: bool = False,
     bias: Tensor | None = None,
-    bound: float | None = None,
+    **_: object,
 ) -> str | None:
     """Why the kernels do not take these, None: they do."""
     channels = qkv.shape[-1] // (3 * heads)
@@ -56,7 +55,7 @@ def self_attention(
     bound: float | None = None,
 ) -> Tensor:
     """See reference.self_attention; norm and rope are computed in float32 and rounded once."""
-    launch.insist("self_attention", why_not(qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias))
+    launch.insist("self_attention", why_not(qkv, heads, norm, rope, axis, bias=bias))
     qkv = qkv.contiguous()
     return _spatial(qkv, heads, norm, bound) if axis == "spatial" else _temporal(qkv, heads, norm, rope, rope_first)
 
