@@ -216,9 +216,10 @@ class Pipeline:
         where, wanted = vae or vae_folder(folder), (config.in_channels, config.sampling.space)
         decoder = load_decoder(where, dtype=dtype)
         if (decoder.channels, decoder.space) != wanted:
+            found = (decoder.channels, decoder.space)
             raise ValueError(
-                f"{where} decodes latents of {decoder.channels} channels and {decoder.space}x{decoder.space} pixels, the "
-                f"model's have {wanted[0]} and {wanted[1]}x{wanted[1]}: give the decoder of its family"
+                f"{where} decodes latents of (channels, pixels a side) {found}, the model's are of {wanted}: "
+                "give the decoder of its family"
             )
         cpu = torch.device("cpu")
         return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, cpu)
