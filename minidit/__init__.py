@@ -20,7 +20,7 @@ from minidit.config import ModelConfig
 from minidit.cost import cost
 from minidit.metrics import psnr, ssim
 from minidit.model import DiT
-from minidit.pipeline import Report, generate
+from minidit.pipeline import Pipeline, Report, generate
 from minidit.presets import PRESETS
 from minidit.sampling import sample
 from minidit.video import load_video, save_video
@@ -36,6 +36,7 @@ __all__ = [
     "Cache",
     "DiT",
     "ModelConfig",
+    "Pipeline",
     "Plan",
     "Pyramid",
     "Report",

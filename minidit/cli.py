@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -17,21 +18,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidit import checkpoint, metrics, parallel, pipeline
+from minidit import checkpoint, metrics, parallel, pipeline, sizes
 from minidit.broadcast import RECIPES, Act, Pyramid
-from minidit.config import Sampling
-from minidit.model import DiT
+from minidit.config import ModelConfig, Sampling
 from minidit.parallel import Layout
-from minidit.pipeline import Report, readable
+from minidit.pipeline import Pipeline, Report, readable
 from minidit.presets import PRESETS
 from minidit.sampling import Step
 from minidit.video import WATCHABLE, check_output, save_video, side_by_side
 from minidit.weights.convert import prepare
 from minidit.weights.source import ENDINGS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # as in pyproject.toml: packages that only a part of minidit needs
-EXTRAS = {"diffusers": "hub", "huggingface_hub": "hub", "matplotlib": "plots"}
+HUB = ("bs4", "diffusers", "ftfy", "huggingface_hub", "sentencepiece", "transformers")
+EXTRAS = {**dict.fromkeys(HUB, "hub"), "matplotlib": "plots"}
 MOST = 100_000  # steps or frames: a slip of the finger should not fill the memory with a table
 LONGEST = 8000  # pixels of a side: twice that, of two videos side by side, fits into every kind of file
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}"
@@ -39,6 +40,7 @@ GENERATE = """\
 examples:
   minidit generate "a red circle moves to the right" --out red.mp4
   minidit generate "a blue star grows" --pyramid pab-357 --seed 7 --compare
+  minidit generate "a sunset" --model opensora-1.2 --weights DIR --resolution 480p --seconds 2
 """
 PLAN = """\
 examples:
@@ -118,9 +120,17 @@ def parser() -> Parser:
     make.add_argument("--prompts", metavar="FILE", help="instead: a caption a line; --out: a folder, whose videos stay")
     make.add_argument("--kind", choices=("mp4", "gif", "webp", "png"), default="mp4", help="of --prompts (%(default)s)")
     make.add_argument("--model", default="tiny", help="tiny, or a model's folder (%(default)s)")
+    make.add_argument("--weights", metavar="DIR", help="the folder of the published model that --model names")
+    make.add_argument("--text", metavar="DIR", help="a T5, or org/name on the hub; else text_encoder/ in the folder")
+    make.add_argument("--vae", metavar="DIR", help="a video autoencoder; else vae/ in the folder")
+    make.add_argument("--negative", metavar="PROMPT", help="what to guide away from, cut to the caption's length")
     add_run(make)
     make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")
     make.add_argument("--two-calls", action="store_true", help="guidance in two smaller model calls: less memory")
+    make.add_argument("--dtype", choices=tuple(DTYPES), help="of a model; else float32 on a CPU, or as the original")
+    make.add_argument(
+        "--decoder-memory", type=number(0.001, 1e6), metavar="GIB", help="to decode in; else what is free"
+    )
     make.add_argument("--fps", type=number(0.01, 1000), metavar="F", help="frames a second in the file")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make.add_argument("--device", choices=("cpu", "cuda"), default=device, help="%(default)s, if not given")
@@ -156,18 +166,31 @@ def parser() -> Parser:
 
 def add_run(command: argparse.ArgumentParser) -> None:
     """The options of a run. All but the pyramid are as the model was trained unless they are given."""
-    command.add_argument("--pyramid", default="pab-246", help="what is reused when, see below (%(default)s)")
+    command.add_argument("--pyramid", help="what is reused when, see below (the paper's for that model)")
     steps = "of the sampler, a model call each; of pndm, 9 calls more"
     command.add_argument("--steps", type=whole(1, MOST), metavar="N", help=steps)
     command.add_argument("--guidance", type=number(-100, 100), metavar="G", help="the caption's weight; 1: no guidance")
     command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video")
     command.add_argument("--size", type=size, metavar="HxW", help="pixels, the height first; or N for a square")
+    command.add_argument("--resolution", choices=tuple(sizes.SIZES), help="of Open-Sora 1.2: instead of --size")
+    command.add_argument("--ratio", metavar="H:W", help="of --resolution, the height first (9:16)")
+    command.add_argument("--seconds", metavar="S", help="of Open-Sora 1.2: 2, 4, 8, 16, 32; instead of --frames")
 
 
-def run_options(args: argparse.Namespace) -> dict[str, Any]:
+def run_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     """Those of `add_run` that make a Sampling, None where not given."""
-    height, width = args.size or (None, None)
-    return dict(steps=args.steps, guidance=args.guidance, frames=args.frames, height=height, width=width)
+    (height, width), frames = args.size or (None, None), args.frames
+    if (args.resolution or args.ratio or args.seconds) and (config.captions or config.told != "fps"):
+        raise ValueError("--resolution, --ratio and --seconds are names of Open-Sora 1.2: give --size and --frames")
+    if args.size and (args.resolution or args.ratio) or args.frames and args.seconds:
+        raise ValueError("--size goes without --resolution and --ratio, and --frames without --seconds: give one")
+    if args.ratio and not args.resolution:
+        raise ValueError("--ratio is of a --resolution: give both, or --size")
+    if args.resolution:
+        height, width = sizes.size(args.resolution, args.ratio or "9:16")
+    if args.seconds:
+        frames = sizes.frames(f"{args.seconds.removesuffix('s')}s")
+    return dict(steps=args.steps, guidance=args.guidance, frames=frames, height=height, width=width)
 
 
 def whole(lo: int, hi: int) -> Callable[[str], int]:
@@ -241,7 +264,7 @@ def generate(args: argparse.Namespace) -> None:
         problem = None
         try:
             todo = jobs(args)
-            model, pyramid, options = checked(args, todo, device)
+            pipe, pyramid, options = checked(args, todo, device)
             options["layout"], at = layout(args, device)
         except (ImportError, OSError, ValueError, MemoryError) as error:
             problem = error
@@ -252,7 +275,7 @@ def generate(args: argparse.Namespace) -> None:
             sys.exit(2)  # another rank says why
         own = todo[at :: args.data]
         for job in own:
-            make_video(args, job, model, pyramid, options)
+            make_video(args, job, pipe, pyramid, options)
         if args.prompts and rank() == 0:
             print(f"{len(todo)} videos made in {args.out}, of which {len(own)} here")
 
@@ -271,26 +294,27 @@ def layout(args: argparse.Namespace, device: torch.device) -> tuple[Layout, int]
 
 
 def make_video(
-    args: argparse.Namespace, job: Job, model: DiT, pyramid: Pyramid | None, options: dict[str, Any]
+    args: argparse.Namespace, job: Job, pipe: Pipeline, pyramid: Pyramid | None, options: dict[str, Any]
 ) -> None:
     """The first rank of those that make it shows how far it is, writes it and tells."""
-    config = pipeline.asked(model.config, **run_options(args))
-    sampler, _ = pipeline.schedule(config, model.dtype)
+    config = pipeline.asked(pipe.config, **run_options(args, pipe.config))
+    sampler, _ = pipeline.schedule(config, pipe.dtype)
     asked, calls = config.sampling, len(sampler.timesteps)
     options = {**options, "seed": job.seed, "two_calls": args.two_calls}
     if args.compare:
         # the first model call of a process takes longer, and would be counted on one side
         # four steps, because pndm has no fewer
-        pipeline.generate(model, job.caption, **{**options, "steps": min(asked.steps, 4)})
-        plain, before = run(model, job.caption, None, calls, options)
-    video, report = run(model, job.caption, pyramid, calls, options)
+        pipeline.generate(pipe, job.caption, **{**options, "steps": min(asked.steps, 4)})
+        plain, before = run(pipe, job.caption, None, calls, options)
+    video, report = run(pipe, job.caption, pyramid, calls, options)
     if not options["layout"].first:
         return
-    text, shown = str(report), [clip(asked)]
+    height, width = video.shape[1:3]  # of whole latents
+    text, shown = str(report), [clip(replace(asked, height=height, width=width))]
     if args.compare:
         text += compared(plain, before, video, report)
         video, shown = side_by_side(plain, video), [*shown, "left without broadcast, right with"]
-    scale = min(math.ceil(WATCHABLE / min(asked.height, asked.width)), 2 * LONGEST // max(video.shape[1:3]))
+    scale = min(math.ceil(WATCHABLE / min(height, width)), 2 * LONGEST // max(video.shape[1:3]))
     fps = args.fps or asked.fps
     path = save_video(video, job.out, fps=fps, scale=max(1, scale))
     shown += [f"shown {scale}x larger"] * (scale > 1) + [f"{fps:g} fps"] * (path.suffix.lower() != ".png")
@@ -302,35 +326,66 @@ def make_video(
 
 def checked(
     args: argparse.Namespace, todo: Sequence[Job], device: torch.device
-) -> tuple[DiT, Pyramid | None, dict[str, Any]]:
+) -> tuple[Pipeline, Pyramid | None, dict[str, Any]]:
     """The model and what it is asked for. Everything that can be wrong is found here, before the model runs."""
     for job in todo:
         check_output(job.out)
-    pyramid, options = read_pyramid(args.pyramid), run_options(args)
-    if args.compare and pyramid is None:
-        raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
-    if args.model in PRESETS and not Path(args.model).exists():
-        raise ValueError(
-            f"{args.model} is a shape without weights, for `minidit plan`; give tiny or a folder, "
-            "which `minidit convert` makes of a published checkpoint"
-        )
-    model = checkpoint.load(args.model, device=device)
-    config = pipeline.asked(model.config, **options)
-    report = pipeline.predict(config, model.dtype, pyramid)
+    trained = checkpoint.load_config(pipeline.model_folder(named(args)))
+    options = run_options(args, trained)
+    config = pipeline.asked(trained, **options)
+    pyramid = read_pyramid(args.pyramid or pipeline.recipe(config))
+    if args.compare and pyramid is None:
+        raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    pipe = Pipeline.load(named(args), text=args.text, vae=args.vae, device=device, dtype=dtype)
+    pipe.schedule(config)
+    report = pipeline.predict(config, pipe.dtype, pyramid)
     # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
     if args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
         raise MemoryError
-    pipeline.encoder(model).tokenize([job.caption for job in todo])
-    wanted, trained = clip(config.sampling), clip(model.config.sampling)
-    if wanted != trained and rank() == 0:
-        print(f"minidit: note: trained on {trained}; {wanted} will run, but expect worse", file=sys.stderr)
-    return model, pyramid, options
+    pipe.text.check([job.caption for job in todo], args.negative)
+    options["negative"] = args.negative
+    if config.captions is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
+        decoding = args.decoder_memory and args.decoder_memory * 2**30
+        peaks, options["tile"] = pipe.fit(config, pyramid, free, two_calls=args.two_calls, decoding=decoding)
+        if rank() == 0:
+            stages = ", ".join(f"{name} {readable(size, 1024)}B" for name, size in peaks.items())
+            print(f"predicted memory, one after the other: {stages}; free: {readable(free, 1024)}B")
+        pipe.load_all()
+    asked, best = clip(config.sampling), clip(trained.sampling)
+    any_size = config.captions is None and config.told in ("fps", "size")
+    if asked != best and not any_size and rank() == 0:
+        print(f"minidit: note: trained on {best}; {asked} will run, but expect worse", file=sys.stderr)
+    return pipe, pyramid, options
+
+
+def named(args: argparse.Namespace) -> str:
+    """The folder of a model, or the name of an embedded one. ValueError for weights that are not what --model names."""
+    if args.weights is None:
+        if args.model in PRESETS and not Path(args.model).exists():
+            raise ValueError(
+                f"{args.model} is a shape without weights, for `minidit plan`; give them with --weights, or give tiny "
+                "or a folder, which `minidit convert` makes of a published checkpoint"
+            )
+        return str(args.model)
+    if args.model not in PRESETS:
+        raise ValueError(f"--weights are of a model that --model names: give one of {', '.join(PRESETS)}")
+    config, preset = checkpoint.load_config(pipeline.model_folder(args.weights)), PRESETS[args.model]
+    if family(config) != family(preset):
+        raise ValueError(f"{args.weights} does not hold {args.model}, but a model of another family")
+    return str(args.weights)
+
+
+def family(config: ModelConfig) -> tuple[object, ...]:
+    """What models of all sizes of a family have in common."""
+    return config.blocks, config.told, config.positions.time, config.sampling.method, config.sampling.time
 
 
 def run(
-    model: DiT, caption: str, pyramid: Pyramid | None, calls: int, options: dict[str, Any]
+    pipe: Pipeline, caption: str, pyramid: Pyramid | None, calls: int, options: dict[str, Any]
 ) -> tuple[Tensor, Report]:
     """pipeline.generate behind a progress bar."""
     label = "with broadcast" if pyramid else "without broadcast"
@@ -342,7 +397,7 @@ def run(
             bar.set_postfix_str(f"reused {acts.count(Act.REUSE)} of {len(acts)}, {held} held", refresh=False)
             bar.update()
 
-        return pipeline.generate(model, caption, pyramid=pyramid, on_step=advance, **options)
+        return pipeline.generate(pipe, caption, pyramid=pyramid, on_step=advance, **options)
 
 
 def compared(plain: Tensor, before: Report, video: Tensor, report: Report) -> str:
@@ -356,9 +411,11 @@ def compared(plain: Tensor, before: Report, video: Tensor, report: Report) -> st
 
 
 def plan(args: argparse.Namespace) -> None:
-    pyramid = read_pyramid(args.pyramid)
     preset = None if Path(args.model).exists() else PRESETS.get(args.model)  # a folder may have a preset's name
-    config = pipeline.asked(preset or checkpoint.load_config(args.model), **run_options(args))
+    trained = preset or checkpoint.load_config(pipeline.model_folder(args.model))
+    config = pipeline.asked(trained, **run_options(args, trained))
+    recipe = args.pyramid or pipeline.recipe(config)
+    pyramid = read_pyramid(recipe)
     dtype = args.dtype or ("bfloat16" if preset or torch.cuda.is_available() else "float32")
     report = pipeline.predict(config, DTYPES[dtype], pyramid)
     if args.json == "-":
@@ -366,7 +423,7 @@ def plan(args: argparse.Namespace) -> None:
         return
     if args.json:
         Path(args.json).write_text(report.plan.to_json() + "\n")
-    print(f"{args.model}, {args.pyramid}: {clip(config.sampling)}, guidance {config.sampling.guidance:g}, {dtype}\n")
+    print(f"{args.model}, {recipe}: {clip(config.sampling)}, guidance {config.sampling.guidance:g}, {dtype}\n")
     print(report.plan)
     print("'.' compute, S compute and store, R reuse; held: updates in the cache after the call\n")
     print(report)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from bisect import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from minidit import samplers, sampling
-from minidit.broadcast import PAB_246, PARTS, Act, Plan, Pyramid, plan
-from minidit.caption import PADDING, CaptionEncoder
+from minidit import checkpoint, memory, samplers, sampling
+from minidit.broadcast import PAB_246, PARTS, RECIPES, Act, Plan, Pyramid, plan
 from minidit.config import ModelConfig
 from minidit.cost import Cost, cost
+from minidit.decoders import Decoder
 from minidit.model import DiT
 from minidit.parallel import ALONE, Layout
-from minidit.samplers import Sampler
+from minidit.samplers import Noise, Sampler
+from minidit.sizes import fps_told
+from minidit.stages import Classes, Decodes, Pixels, Prompts, Stages, Text, Told, Words, t5_folder, vae_folder
+from minidit.text import rules_of
+from minidit.tiling import Tile
+from minidit.weights.decoders import load_decoder
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,12 @@ class Report(Prediction):
     """What a run did and cost, its peak_bytes as they were."""
 
     seconds: float
+    stages: Mapping[str, int] = field(default_factory=dict)  # bytes that each stage held at most on a GPU
 
     def __str__(self) -> str:
-        return f"{super().__str__()}\ntime        {self.seconds:.1f} s"
+        lines = [f"time        {self.seconds:.1f} s"]
+        lines += [f"{name + ' peak':<12}{readable(size, 1024)}B" for name, size in self.stages.items()]
+        return "\n".join([super().__str__(), *lines])
 
 
 PREFIXES = {1000: ("", "K", "M", "G", "T"), 1024: ("", "Ki", "Mi", "Gi", "Ti")}
@@ -112,46 +123,227 @@ def predict(
     return Prediction(table, price, price.update_bytes * max(most for most, _ in table.held()))
 
 
-def encoder(model: DiT) -> CaptionEncoder:
-    """Raises ValueError for a model that `generate` cannot run."""
-    if model.encoder is None or model.config.sampling.space != 1:
-        raise ValueError("this model has no caption encoder of its own or no decoder: generate() cannot run it yet")
-    return model.encoder
+def recipe(config: ModelConfig) -> str:
+    """The name, in RECIPES, of the paper's recipe for the model's family."""
+    if config.null_caption:  # Open-Sora, and the embedded model
+        return "pab-246"
+    return "latte-236" if config.sampling.time == 1 else "open-sora-plan-246"
 
 
 def noise(shape: Sequence[int], seed: int) -> Tensor:
     """Drawn on the CPU: a seed means the same on every device and in every batch."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return draws([seed])(torch.empty(1, *shape))[0]
+
+
+def draws(seeds: Sequence[int]) -> Noise:
+    """Noise for the videos of a batch, each from its own seed, at the start and at every step that adds some."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(z: Tensor) -> Tensor:
+        return torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators]).to(z.device)
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A family made of what reads captions, the model and what makes frames; `generate` runs one after the other.
+
+    Each is on `device` while it runs, and else at `rest`. A published model and its text encoder are loaded when they
+    are needed first.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype  # of the model
+    text: Text
+    load_model: Callable[[], DiT]
+    decoder: Decodes
+    device: torch.device
+    rest: torch.device
+
+    @cached_property
+    def model(self) -> DiT:
+        return self.load_model()
+
+    def load_all(self) -> None:
+        """What would be loaded only when it is needed."""
+        self.text.to(self.rest)
+        self.model.to(self.rest)
+
+    @classmethod
+    def of(cls, model: DiT) -> Pipeline:
+        """Of a model that carries its caption encoder and makes frames itself, where it is."""
+        if model.encoder is None or model.config.sampling.space != 1:
+            raise ValueError(
+                "this model has no caption encoder of its own or no decoder: Pipeline.load joins it with published ones"
+            )
+        place, pixels = model.patch.weight.device, Pixels()
+        return cls(model.config, model.dtype, Words(model.encoder), lambda: model, pixels, place, place)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path = "tiny",
+        *,
+        text: str | Path | None = None,
+        vae: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Pipeline:
+        """Of a folder with a model, in it or in its model/; of a published one text_encoder/, tokenizer/ and vae/, too.
+
+        text: instead, a folder of a T5 or org/name on the hub. vae: instead, a decoder's folder. dtype None: float32 on
+        a CPU, else as the original runs. Reads the configs and the decoder. Raises OSError, ValueError or ImportError,
+        saying what is missing or does not fit.
+        """
+        folder, device = checkpoint.folder_of(folder), torch.device(device)
+        at = model_folder(folder)
+        config = checkpoint.load_config(at)
+        if config.captions:
+            return cls.of(checkpoint.load(at, device=device, dtype=dtype))
+        on_cpu = device.type == "cpu"
+        dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16 if config.rounds_time else torch.float16)
+        if config.caption_dim:
+            source, rules = text or t5_folder(folder), rules_of(config)
+            encodes = torch.float32 if on_cpu else rules.dtype
+            reads: Text = Prompts(source, rules, config.caption_length, config.null_caption, encodes)
+        elif text is not None:
+            raise ValueError(f"the model of {folder} reads no text: give no text encoder")
+        else:
+            reads = Classes(config)
+        reads.check([], None)
+        checkpoint.weights(at)
+        where, wanted = vae or vae_folder(folder), (config.in_channels, config.sampling.space)
+        decoder = load_decoder(where, dtype=dtype)
+        if (decoder.channels, decoder.space) != wanted:
+            found = (decoder.channels, decoder.space)
+            raise ValueError(
+                f"{where} decodes latents of (channels, pixels a side) {found}, the model's are of {wanted}: "
+                "give the decoder of its family"
+            )
+        cpu = torch.device("cpu")
+        return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, cpu)
+
+    def schedule(self, config: ModelConfig) -> tuple[Sampler, tuple[int, int, int]]:
+        """See `schedule`. Raises ValueError for a video that the model cannot make or the decoder cannot decode."""
+        sampler, latent = schedule(config, self.dtype)
+        config.grid(latent)
+        if (made := self.decoder.latent_frames(config.sampling.frames)) != latent[0]:
+            frames = config.sampling.frames
+            raise ValueError(f"{frames} frames are {latent[0]} latents to the model, but {made} to the decoder")
+        return sampler, latent
+
+    def peaks(
+        self, config: ModelConfig, pyramid: Pyramid | None, *, captions: int = 1, two_calls: bool = False
+    ) -> dict[str, int]:
+        """Bytes that each stage will hold at most, weights among them, of what the embedded model does not do itself.
+
+        Of a T5 that is still on the hub, nothing is known yet. The decoder's are of whole frames, see Decoder.fit.
+        """
+        _, latent = self.schedule(config)
+        halves = 1 if two_calls or config.sampling.guidance == 1 else 2
+        held = predict(config, self.dtype, pyramid, captions=captions).peak_bytes
+        peaks = {}
+        if isinstance(self.text, Prompts) and Path(self.text.source).is_dir():
+            source, length = Path(self.text.source), self.text.length
+            peaks["text"] = memory.of_text(source, captions=captions, length=length, dtype=self.text.dtype)
+        batch = captions * halves
+        peaks["model"] = memory.of_model(config, self.dtype, latent=latent, batch=batch, cache_bytes=held)
+        if isinstance(self.decoder, Decoder):
+            peaks["decoder"] = memory.weights(self.decoder) + self.decoder.peak_bytes(latent)
+        return peaks
+
+    def fit(
+        self,
+        config: ModelConfig,
+        pyramid: Pyramid | None,
+        free: float,
+        *,
+        captions: int = 1,
+        two_calls: bool = False,
+        decoding: float | None = None,
+    ) -> tuple[dict[str, int], Tile | None]:
+        """The peaks of a run that holds at most so many bytes at a time, and the tile to decode with.
+
+        decoding: bytes for the decoder beside its weights, None: what its weights leave of free. Raises ValueError for
+        what cannot be, with the frames that can.
+        """
+        peaks, tile = self.peaks(config, pyramid, captions=captions, two_calls=two_calls), None
+        if peaks.get("text", 0) > free:
+            raise ValueError(
+                f"the text encoder takes {_bytes(peaks['text'])}, free are {_bytes(free)}: use --device cpu"
+            )
+        if isinstance(self.decoder, Decoder):
+            bytes = memory.weights(self.decoder)
+            _, latent = self.schedule(config)
+            tile = self.decoder.fit(latent, int(free - bytes if decoding is None else decoding))
+            peaks["decoder"] = bytes + self.decoder.peak_bytes(latent, tile=tile)
+        if peaks["model"] > free:
+            kept = predict(config, self.dtype, pyramid, captions=captions).peak_bytes
+
+            def fits(frames: int) -> bool:
+                fewer = asked(config, frames=frames)
+                return self.peaks(fewer, pyramid, captions=captions, two_calls=two_calls)["model"] <= free
+
+            some = [n for n in range(1, config.sampling.frames) if self._makes(asked(config, frames=n))]
+            most = bisect(some, False, key=lambda n: not fits(n))
+            fitting = f"{some[most - 1]} frames of this size would fit" if most else "not one frame of this size would"
+            raise ValueError(
+                f"the model takes {_bytes(peaks['model'])}, of which {_bytes(kept)} are kept by broadcast, free are "
+                f"{_bytes(free)}: {fitting}"
+            )
+        return peaks, tile
+
+    def _makes(self, config: ModelConfig) -> bool:
+        try:
+            self.schedule(config)
+        except ValueError:
+            return False
+        return True
+
+
+def model_folder(folder: str | Path) -> Path:
+    """Of a pipeline's folder, or of a name of an embedded model."""
+    folder = checkpoint.folder_of(folder)
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def _bytes(size: float) -> str:
+    return f"{readable(size, 1024)}B"
 
 
 def generate(
-    model: DiT,
+    model: DiT | Pipeline,
     captions: str | Sequence[str],
     *,
-    pyramid: Pyramid | None = PAB_246,
+    pyramid: Pyramid | Literal["paper"] | None = "paper",
     seed: int = 0,
+    negative: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
     two_calls: bool = False,
+    tile: Tile | None = None,
     layout: Layout = ALONE,
     on_step: Callable[[sampling.Step], None] | None = None,
 ) -> tuple[Tensor, Report]:
     """A video for every caption: (B, T, H, W, 3) uint8, or (T, H, W, 3) for one caption; and what it cost.
 
-    What is None is as the model was trained. Video i of a batch starts from the noise of seed + i, the same on every
-    device and in every batch. layout: the ranks that make the videos together, each of which gets all of them.
-    Raises ValueError for words the model does not know and sizes it cannot have.
+    model: a Pipeline, or a DiT that is one by itself. pyramid: "paper" is the paper's recipe for its family. negative:
+    what the videos are guided away from. What is None is as the model was trained. Video i of a batch starts from the
+    noise of seed + i, the same on every device and in every batch. tile: see Decoder.chunks. layout: the ranks that
+    make the videos together, each of which gets all of them. Raises ValueError for captions the model does not know
+    and sizes it cannot have.
     """
+    pipe = model if isinstance(model, Pipeline) else Pipeline.of(model)
     batch = [captions] if isinstance(captions, str) else list(captions)
-    tokens, device = encoder(model).tokenize(batch), model.patch.weight.device
-    config = asked(model.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
-    longest = int((tokens != PADDING).sum(1).max())
-    expected = predict(config, model.dtype, pyramid, captions=len(batch), caption_length=longest)
-    sampler, latent = schedule(config, model.dtype)
-    start, peak = time.perf_counter(), 0
+    pipe.text.check(batch, negative)
+    config = asked(pipe.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
+    run, (sampler, latent) = config.sampling, pipe.schedule(config)
+    pyramid = RECIPES[recipe(config)] if pyramid == "paper" else pyramid
+    start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.rest)
 
     def watch(step: sampling.Step) -> None:
         nonlocal peak
@@ -159,24 +351,36 @@ def generate(
         if on_step:
             on_step(step)
 
-    with torch.inference_mode():
-        text, lengths = encoder(model)(tokens.to(device))
-    z = torch.stack([noise((config.in_channels, *latent), seed + i) for i in range(len(batch))]).to(device)
-    z = sampling.sample(
-        model,
-        z,
-        text,
-        lengths,
-        plan=expected.plan,
-        sampler=sampler,
-        guidance=config.sampling.guidance,
-        height=config.sampling.height,
-        width=config.sampling.width,
-        fps=config.sampling.fps,
-        two_calls=two_calls,
-        layout=layout,
-        on_step=watch,
-    )
-    videos = ((z + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu()
-    report = Report(expected.plan, expected.cost, peak, time.perf_counter() - start)
+    with stages.on("text", pipe.text):
+        told = Told(*(None if part is None else part.to(pipe.device) for part in pipe.text.encode(batch, negative)))
+    text, lengths, null = told
+    longest = None if lengths is None else int(lengths.max())
+    expected = predict(config, pipe.dtype, pyramid, captions=len(batch), caption_length=longest)
+    draw = draws([seed + i for i in range(len(batch))])
+    with stages.on("model", pipe.model) as dit:
+        z = sampling.sample(
+            dit,
+            draw(torch.empty(len(batch), config.in_channels, *latent, device=pipe.device)),
+            _as(text, pipe.dtype),
+            lengths,
+            plan=expected.plan,
+            sampler=sampler,
+            guidance=run.guidance,
+            height=run.height,
+            width=run.width,
+            fps=run.fps if config.captions else fps_told(run.frames, run.fps),
+            two_calls=two_calls,
+            null=_as(null, pipe.dtype),
+            noise=draw,
+            layout=layout,
+            on_step=watch,
+        )
+    with stages.on("decoder", pipe.decoder) as decoder:
+        videos = torch.stack([torch.cat([*decoder.chunks(latents, run.frames, tile=tile)]) for latents in z])
+    report = Report(expected.plan, expected.cost, peak, time.perf_counter() - start, stages.peaks)
     return (videos[0] if isinstance(captions, str) else videos), report
+
+
+def _as(features: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Features in the model's dtype; classes stay whole numbers."""
+    return features.to(dtype) if features is not None and features.is_floating_point() else features

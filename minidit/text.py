@@ -224,7 +224,7 @@ class T5Text:
         """
         transformers, sentencepiece = _package("transformers"), _package("sentencepiece")
         folder = Path(source) if Path(source).is_dir() else _fetched(str(source))
-        encoder_at, words_at = _layout(folder)
+        encoder_at, words_at = layout_of(folder)
         try:
             encoder, found = transformers.T5EncoderModel.from_pretrained(
                 folder / encoder_at, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -265,13 +265,13 @@ class T5Text:
         lengths = torch.tensor([len(row) for row in tokens], device=self.device)
         return self._features(tokens)[:, : max(map(len, tokens))], lengths
 
-    def null(self) -> Tensor:
-        """Features (length, C) of the empty prompt, for models that have learned no null caption.
+    def null(self, prompt: str = "") -> Tensor:
+        """Features (length, C) of the empty prompt, for models that have learned no null caption, or of a negative one.
 
         Those of its padding are among them: Latte T2V and Open-Sora-Plan cut them to as many tokens as the caption
         has, and the model sees them all. Source: Vchitect/Latte b27c24a, sample/pipeline_videogen.py encode_prompt.
         """
-        return self._features([self._tokens("")])[0]
+        return self._features([self._tokens(prompt)])[0]
 
     def _tokens(self, prompt: str) -> list[int]:
         tokens: list[int] = self.words.encode(prompt)
@@ -289,7 +289,8 @@ class T5Text:
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
-def _layout(folder: Path) -> tuple[str, str]:
+def layout_of(folder: Path) -> tuple[str, str]:
+    """Where a folder has its encoder and its words. Raises FileNotFoundError for one that has no T5."""
     for encoder, words in LAYOUTS:
         if (folder / encoder / CONFIG).is_file() and (folder / words / WORDS).is_file():
             return encoder, words
@@ -304,7 +305,7 @@ def _fetched(source: str) -> Path:
     hub = _package("huggingface_hub")
     try:
         small = [name for encoder, words in LAYOUTS for name in (encoder + CONFIG, words + WORDS)]
-        at, _ = _layout(folder := Path(hub.snapshot_download(source, allow_patterns=small)))
+        at, _ = layout_of(folder := Path(hub.snapshot_download(source, allow_patterns=small)))
         for names in (("model.safetensors*", "model-*.safetensors"), ("pytorch_model*.bin*",)):
             hub.snapshot_download(source, allow_patterns=[at + name for name in names])
             if any(path for name in names for path in folder.glob(at + name)):

@@ -100,12 +100,12 @@ class Held(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
+                self.hold(tensor.untyped_storage())
         if func is torch.ops.aten.convolution.default:
             self.peak = max(self.peak, self.now + args[0].nbytes + out.nbytes)
         return out
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def hold(self, storage: torch.UntypedStorage) -> None:
         if id(storage) not in self.alive:
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)

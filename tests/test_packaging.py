@@ -44,9 +44,9 @@ def test_a_wheel_installs_minidit_and_nothing_beside_it(wheel):
     assert {name.split("/")[0] for name in wheel} == {"minidit", "minidit-0.1.0.dist-info"}
 
 
-@pytest.mark.parametrize("name", ["minidit", "kernels", "weights"])
+@pytest.mark.parametrize("name", ["minidit", "minidit/integrations", "kernels", "weights"])
 def test_a_wheel_holds_every_module_once(wheel, name):
-    package = "minidit" if name == "minidit" else f"minidit/{name}"
+    package = name if name.startswith("minidit") else f"minidit/{name}"
     inside = [entry for entry in wheel if entry.rpartition("/")[0] == package]
     assert sorted(inside) == sorted(f"{package}/{path.name}" for path in (ROOT / name).glob("*.py"))
 

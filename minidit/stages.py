@@ -1,0 +1,185 @@
+"""What stands before and behind the model: captions -> what it is told, and latents -> frames, one interface each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from minidit.caption import CaptionEncoder
+from minidit.config import ModelConfig
+from minidit.text import T5Text, TextRules, label, layout_of
+from minidit.tiling import Tile
+
+
+class Told(NamedTuple):
+    """What `sampling.sample` takes of a batch of captions."""
+
+    text: Tensor | None  # features (B, L, C), or classes (B,), or nothing
+    lengths: Tensor | None = None  # (B,) tokens that count
+    null: Tensor | None = None  # (L or more, C) features of what guidance leads away from; None: what the model learned
+
+
+class Text(Protocol):
+    """Captions -> what the model is told."""
+
+    def check(self, captions: Sequence[str], negative: str | None) -> None:
+        """Raises ValueError, or OSError for files that are missing, for what `encode` would; as far as is known."""
+
+    def encode(self, captions: Sequence[str], negative: str | None) -> Told:
+        """negative: what a video is guided away from, None: as the model was trained."""
+
+    def to(self, device: torch.device) -> Any:
+        """Moves what it computes with, itself and not a copy."""
+
+
+class Decodes(Protocol):
+    """Latents (C, T, h, w) -> frames, piece by piece; see decoders.Decoder."""
+
+    def latent_frames(self, frames: int) -> int: ...
+    def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]: ...
+    def to(self, device: torch.device) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Words:
+    """The caption encoder that a model carries, for the words that it knows."""
+
+    encoder: CaptionEncoder
+
+    def check(self, captions: Sequence[str], negative: str | None) -> None:
+        if negative is not None:
+            raise ValueError("this model has learned one null caption and no words for others: give no negative prompt")
+        self.encoder.tokenize(captions)
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str], negative: str | None) -> Told:
+        self.check(captions, negative)
+        return Told(*self.encoder(self.encoder.tokenize(captions).to(self.encoder.places.device)))
+
+    def to(self, device: torch.device) -> Any:
+        self.encoder.to(device)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A T5 beside the model, loaded when it is needed first, and its family's way to say a prompt."""
+
+    source: str | Path  # see T5Text.load
+    rules: TextRules
+    length: int  # tokens of a prompt
+    learned: bool  # the model has a null caption of its own
+    dtype: torch.dtype
+
+    @cached_property
+    def t5(self) -> T5Text:
+        return T5Text.load(self.source, length=self.length, dtype=self.dtype)
+
+    def check(self, captions: Sequence[str], negative: str | None) -> None:
+        if Path(self.source).is_dir():
+            layout_of(Path(self.source))
+        elif "/" not in str(self.source):
+            raise FileNotFoundError(f"{self.source} does not exist: give a folder with a T5, or org/name on the hub")
+
+    def encode(self, captions: Sequence[str], negative: str | None) -> Told:
+        text, lengths = self.t5.encode([self.rules.prompt(caption) for caption in captions])
+        if negative is None and self.learned:
+            return Told(text, lengths)
+        unscored = replace(self.rules, aesthetic=None, motion=None, camera=None)
+        return Told(text, lengths, self.t5.null(unscored.prompt(negative) if negative else ""))
+
+    def to(self, device: torch.device) -> Any:
+        self.t5.to(device)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A number or a name of a class for a caption; of a model without classes, nothing."""
+
+    config: ModelConfig
+
+    def check(self, captions: Sequence[str], negative: str | None) -> None:
+        if negative is not None:
+            raise ValueError("this model reads no text: give no negative prompt")
+        self._labels(captions)
+
+    def encode(self, captions: Sequence[str], negative: str | None) -> Told:
+        self.check(captions, negative)
+        labels = self._labels(captions)
+        return Told(None if labels is None else torch.tensor(labels))
+
+    def to(self, device: torch.device) -> Any:
+        pass
+
+    def _labels(self, captions: Sequence[str]) -> list[int] | None:
+        if self.config.classes is not None:
+            return [label(caption, self.config) for caption in captions]
+        for caption in captions:
+            if caption:
+                raise ValueError(f'this model makes what it was trained on, untold: its caption is "", got {caption!r}')
+        return None
+
+
+class Pixels:
+    """Of a model whose latents are the frames themselves."""
+
+    def latent_frames(self, frames: int) -> int:
+        return frames
+
+    def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]:
+        yield ((latents + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
+
+    def to(self, device: torch.device) -> Any:
+        pass
+
+
+T5, VAES = "text_encoder", ("vae_temporal_decoder", "vae")  # of Latte T2V there are both, and the original takes one
+
+
+def t5_folder(folder: Path) -> Path:
+    if not (folder / T5).is_dir():
+        raise FileNotFoundError(
+            f"{folder} has no caption encoder of its own and no {T5}/: put a T5 there, or name its folder or org/name "
+            "on the hub with --text"
+        )
+    return folder if (folder / "tokenizer").is_dir() else folder / T5
+
+
+def vae_folder(folder: Path) -> Path:
+    for name in VAES:
+        if (folder / name).is_dir():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no vae/: put the decoder's folder there, or name it with --vae")
+
+
+Part = TypeVar("Part")
+
+
+@dataclass
+class Stages:
+    """Brings each stage to the device while it runs, and measures what it holds there at most, if it is a GPU."""
+
+    device: torch.device
+    rest: torch.device
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def on(self, name: str, part: Part) -> Iterator[Part]:
+        gpu = self.device.type == "cuda"
+        if gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            part.to(self.device)  # type: ignore[attr-defined]
+            yield part
+        finally:
+            part.to(self.rest)  # type: ignore[attr-defined]
+            if gpu:
+                self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
+                torch.cuda.empty_cache()

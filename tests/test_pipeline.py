@@ -1,0 +1,311 @@
+"""Every family from its published layout to a video, at tiny size; what does not fit together is one line."""
+
+import re
+import shutil
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from transformers import T5Config, T5EncoderModel
+
+import minidit
+import test_decoders as made
+from families import FAMILIES
+from minidit import checkpoint, cli, pipeline, sampling
+from minidit.broadcast import RECIPES
+from minidit.decoders import Decoder
+from minidit.pipeline import Pipeline, draws, recipe
+from minidit.presets import PRESETS
+from minidit.text import T5Text, rules_of
+from minidit.tiling import Tile
+from minidit.video import load_video
+from minidit.weights import decoders
+from minidit.weights.decoders import load_decoder
+from test_opensora_vae import TINY as OPENSORA_VAE
+from test_plan_vae import TINY as PLAN_VAE
+from test_text import spiece  # noqa: F401, a fixture
+from weights.test_decoders import CAUSAL, PIPELINE, folder
+
+# of each family: its decoder, a caption, frames, height, width, steps
+RUNS = {
+    "opensora-1.2": ("opensora", "a red fox", 17, 32, 48, 3),
+    "opensora-1.1": ("frames", "a red fox", 3, 32, 48, 3),
+    "latte-t2v": ("temporal", "a red fox", 3, 32, 48, 3),
+    "latte-ucf101": ("frames", "3", 5, 48, 48, 3),
+    "latte": ("frames", "", 5, 48, 48, 3),
+    "opensora-plan-1.1-65x512x512": ("causal", "a red fox", 5, 32, 48, 4),
+}
+families = pytest.mark.parametrize("name", RUNS)
+
+
+def save_vae(path, kind):
+    torch.manual_seed(0)
+    four = {"block_out_channels": (32,) * 4, "latent_channels": 4, "layers_per_block": 1}
+    down = {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    match kind:
+        case "frames":
+            diffusers.AutoencoderKL(**four, **down, up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(path)
+        case "temporal":
+            diffusers.AutoencoderKLTemporalDecoder(**four, **down).save_pretrained(path)
+        case "opensora":
+            folder(path, PIPELINE, made.weights("opensora_vae12_a"), "model.safetensors")
+        case "causal":
+            folder(path, CAUSAL, made.weights("osp_causalvae110_a"))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, spiece):  # noqa: F811
+    """A folder a family: the transformer as `minidit convert` makes it of the original's names, T5 and decoder."""
+    root = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 128}
+    encoder = T5EncoderModel(T5Config(**shape, feed_forward_proj="gated-gelu", relative_attention_num_buckets=8))
+    for name, (kind, *_) in RUNS.items():
+        family = next(family for family in FAMILIES if family.preset == name)
+        torch.save(family.upstream(), root / "published.pt")
+        checkpoint.write_config(root, family.config)
+        at = ["--model", name, "--config", str(root / "config.json")]
+        assert cli.main(["convert", str(root / "published.pt"), str(root / name), *at]) == 0
+        if family.config.caption_dim:
+            encoder.save_pretrained(root / name / "text_encoder")
+            (root / name / "tokenizer").mkdir()
+            (root / name / "tokenizer" / "spiece.model").write_bytes(spiece)
+        save_vae(root / name / "vae", kind)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def tiny_vaes(monkeypatch):
+    """The shapes that are written in code, or that have 32 groups there."""
+    monkeypatch.setattr(decoders, "OPENSORA_VAE_12", OPENSORA_VAE)
+    monkeypatch.setattr(decoders, "causal_config", lambda *_: PLAN_VAE)
+
+
+def options(name):
+    _, _, frames, height, width, steps = RUNS[name]
+    return ["--frames", f"{frames}", "--size", f"{height}x{width}", "--steps", f"{steps}", "--device", "cpu"]
+
+
+def asked(name):
+    return dict(zip(("frames", "height", "width", "steps"), RUNS[name][2:], strict=True))
+
+
+@families
+def test_a_caption_becomes_a_file_of_as_many_frames_and_pixels(published, tmp_path, capsys, name):
+    _, caption, frames, height, width, _ = RUNS[name]
+    command = ["generate", caption, "--model", name, "--weights", str(published / name), *options(name)]
+    assert cli.main([*command, "--out", str(tmp_path / "a.mp4")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("predicted memory, one after the other: ") and f"({frames} frames of {height}x{width}," in out
+    video = load_video(tmp_path / "a.mp4")
+    scale = video.shape[1] // height
+    assert video.shape == (frames, scale * height, scale * width, 3)
+
+
+@families
+def test_a_run_is_encoding_sampling_and_decoding_one_after_the_other(published, monkeypatch, name):
+    at, (_, caption, *_) = published / name, RUNS[name]
+    seen, chunks = [], Decoder.chunks
+    monkeypatch.setattr(Decoder, "chunks", lambda self, z, n, **tile: seen.append(z) or chunks(self, z, n, **tile))
+    video, report = minidit.generate(Pipeline.load(at), caption, seed=5, **asked(name))
+
+    model = checkpoint.load(at)
+    config = pipeline.asked(model.config, **asked(name))
+    run, text, lengths, null = config.sampling, None, None, None
+    if config.caption_dim:
+        t5 = T5Text.load(at, length=config.caption_length, dtype=torch.float32)
+        text, lengths = t5.encode([rules_of(config).prompt(caption)])
+        null = None if config.null_caption else t5.null()
+    elif config.classes:
+        text = torch.tensor([3])
+    sampler, latent = pipeline.schedule(config, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    z = sampling.sample(
+        model,
+        torch.randn(4, *latent, generator=generator)[None],
+        text,
+        lengths,
+        plan=pipeline.predict(config, torch.float32, RECIPES[recipe(config)]).plan,
+        sampler=sampler,
+        guidance=run.guidance,
+        height=run.height,
+        width=run.width,
+        fps=run.fps,
+        null=null,
+        noise=lambda z: torch.randn(z.shape[1:], generator=generator)[None],
+    )
+    assert torch.equal(seen[0], z[0]) and z.std() > 0.01
+    assert torch.equal(video, torch.cat(list(chunks(load_decoder(at / "vae"), z[0], run.frames))))
+    assert len(video) == run.frames and len(report.plan) == len(sampler.timesteps)
+
+
+@families
+def test_a_seed_makes_the_same_frames_twice_alone_and_in_a_batch(published, name):
+    pipe, caption = Pipeline.load(published / name), RUNS[name][1]
+    both, _ = minidit.generate(pipe, [caption, caption], seed=1, **asked(name))
+    for video, seed in zip(both, (1, 2), strict=True):
+        alone, again = (minidit.generate(pipe, caption, seed=seed, **asked(name))[0] for _ in range(2))
+        assert torch.equal(alone, again)
+        assert (alone.int() - video.int()).abs().max() <= 1
+    assert not torch.equal(both[0], both[1])
+
+
+def test_noise_of_a_step_is_each_seeds_own():
+    z, draw = torch.empty(2, 3, 1, 2, 2), draws([7, 8])
+    first, second = draw(z), draw(z)
+    other = draws([8])
+    assert torch.equal(other(z[:1])[0], first[1]) and torch.equal(other(z[:1])[0], second[1])
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["opensora-1.2", "latte-t2v"])
+def test_a_negative_prompt_is_what_a_video_is_guided_away_from(published, name):
+    pipe = Pipeline.load(published / name)
+    encoded = pipe.text.encode(["a red fox"], "Blurry")
+    t5 = T5Text.load(published / name, length=12, dtype=torch.float32)
+    assert torch.equal(encoded.null, t5.null("blurry")) and not torch.equal(encoded.null, t5.null())
+    one, other = (
+        minidit.generate(pipe, "a red fox", negative=words, **asked(name))[0] for words in (None, "two cats, beach")
+    )
+    assert not torch.equal(one, other)
+
+
+def test_the_decoder_takes_tiles_where_memory_is_short(published, monkeypatch, tmp_path, capsys):
+    seen, chunks = [], Decoder.chunks
+    monkeypatch.setattr(Decoder, "chunks", lambda *args, tile: seen.append(tile) or chunks(*args, tile=tile))
+    command = ["generate", "a fox", "--model", str(published / "opensora-1.1"), "--frames", "1", "--size", "256"]
+    command += ["--steps", "2", "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    pipe = Pipeline.load(published / "opensora-1.1")
+    enough = pipe.decoder.peak_bytes((1, 32, 32), tile=Tile(size=20, overlap=8)) / 2**30
+    for memory in (1000, enough):
+        assert cli.main([*command, "--decoder-memory", f"{memory}"]) == 0
+    assert seen[0] is None and 20 <= seen[1].size <= 32
+    assert cli.main([*command, "--decoder-memory", "0.001"]) == 2
+    assert "bytes with the smallest tiles" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_loaded_with_what_would(published):
+    pipe = Pipeline.load(published / "opensora-1.2")
+    config = pipeline.asked(pipe.config, frames=34, height=64, width=64)
+    peaks, tile = pipe.fit(config, None, 2**40)
+    assert tile is None and list(peaks) == ["text", "model", "decoder"] and min(peaks.values()) > 0
+    fewer = pipe.peaks(replace(config, sampling=replace(config.sampling, frames=21)), None)["model"]
+    with pytest.raises(ValueError, match=r"the model takes .* free are .*: 21 frames of this size would fit"):
+        pipe.fit(config, None, fewer, decoding=2**40)
+    with pytest.raises(ValueError, match="not one frame of this size would"):
+        pipe.fit(config, None, peaks["text"], decoding=2**40)
+    with pytest.raises(ValueError, match="the text encoder takes"):
+        pipe.fit(config, None, 1000)
+    assert not {"model", "t5"} & {*vars(pipe), *vars(pipe.text)}
+
+
+def test_only_what_runs_is_on_the_device(published):
+    pipe, moves = Pipeline.load(published / "opensora-1.1"), []
+    pipe.load_all()
+
+    class Part:
+        def __init__(self, name, part):
+            self.name, self.part = name, part
+
+        def __getattr__(self, name):
+            return getattr(self.part, name)
+
+        def __call__(self, *args, **options):
+            return self.part(*args, **options)
+
+        def to(self, device):
+            moves.append((self.name, device is pipe.rest))
+
+    rest = torch.device("cpu")
+    moved = replace(pipe, text=Part("text", pipe.text), decoder=Part("decoder", pipe.decoder), rest=rest)
+    moved.__dict__["model"] = Part("model", pipe.model)
+    pipe = moved
+    minidit.generate(moved, "a fox", **asked("opensora-1.1"))
+    assert moves == [(name, away) for name in ("text", "model", "decoder") for away in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("opensora-1.2", "pab-246"), ("opensora-1.0-16x512x512", "pab-246"), ("latte", "latte-236")]
+    + [("latte-t2v", "latte-236"), ("opensora-plan-1.0-17x256x256", "open-sora-plan-246")],
+)
+def test_the_recipe_is_the_papers_of_the_family(preset, expected):
+    assert recipe(PRESETS[preset]) == expected and recipe(checkpoint.load_config("tiny")) == "pab-246"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--resolution", "480p", "--seconds", "2"], "51 frames of 480x854"),
+        (["--resolution", "240p", "--ratio", "1:1", "--seconds", "4s"], "102 frames of 320x320"),
+    ],
+)
+def test_sizes_of_open_sora_go_by_their_names(capsys, argv, said):
+    assert cli.main(["plan", "--model", "opensora-1.2", *argv]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.fixture
+def refused(published, tmp_path, monkeypatch, capsys):
+    """The one line of a generate that fails before it does anything."""
+
+    def run(name, *options, caption="a fox"):
+        monkeypatch.chdir(published)
+        out = ["--out", str(tmp_path / "a.mp4"), "--device", "cpu"]
+        capsys.readouterr()
+        assert cli.main(["generate", caption, "--model", name, *out, *options]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("minidit: ") and err.count("\n") == 1 and not list(tmp_path.iterdir())
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("text_encoder", "no text_encoder/: put a T5 there, or name its folder or org/name on the hub with --text"),
+        ("tokenizer", "holds no T5: expected text_encoder/config.json and tokenizer/spiece.model"),
+        ("vae", "has no vae/: put the decoder's folder there, or name it with --vae"),
+        ("vae/config.json", "config.json does not exist: it is published beside the weights"),
+        ("config.json", "config.json does not exist: give a folder with config.json and model.safetensors"),
+        ("model.safetensors", "model.safetensors does not exist"),
+    ],
+)
+def test_a_folder_that_lacks_something_says_what(refused, published, tmp_path_factory, missing, said):
+    at = shutil.copytree(published / "opensora-1.1", tmp_path_factory.mktemp("lacks") / "model")
+    (shutil.rmtree if (at / missing).is_dir() else type(at).unlink)(at / missing)
+    assert said in refused(str(at))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "caption", "said"),
+    [
+        ("opensora-1.2", ["--frames", "8"], "a fox", "knows 1 frame or at least 17, got 8"),
+        ("opensora-1.2", ["--frames", "17", "--size", "4"], "a fox", "at least 1 frame of 8x8 pixels"),
+        ("opensora-plan-1.1-65x512x512", ["--frames", "6"], "a fox", "makes 1 + a multiple of 4 frames, got 6"),
+        ("latte-ucf101", ["--size", "48"], "3", "this model has positions for 5 frames, got 16"),
+        ("latte-ucf101", ["--frames", "5", "--size", "64"], "3", "this model has positions for 9 places"),
+        ("latte-ucf101", ["--frames", "5", "--size", "48"], "a fox", "unknown class 'a fox', expected a number from 0"),
+        ("latte", ["--frames", "5", "--size", "48"], "a fox", "untold: its caption is"),
+        ("latte-ucf101", ["--text", "opensora-1.1"], "3", "reads no text: give no text encoder"),
+        ("latte-ucf101", ["--frames", "5", "--size", "48", "--negative", "x"], "3", "reads no text: give no negative"),
+        ("opensora-1.1", ["--text", "nowhere"], "a fox", "nowhere does not exist: give a folder with a T5"),
+        ("opensora-1.1", ["--vae", "nowhere"], "a fox", "nowhere is no folder"),
+        ("opensora-1.1", ["--vae", "opensora-1.1/text_encoder"], "a fox", "is of a T5EncoderModel, known are"),
+        ("opensora-1.1", ["--vae", "opensora-1.2/vae"], "a fox", "16 frames are 16 latents to the model"),
+        ("opensora-1.1", ["--resolution", "480p"], "a fox", "--seconds are names of Open-Sora 1.2: give --size"),
+        ("opensora-1.2", ["--resolution", "480p", "--size", "64"], "a fox", "--size goes without --resolution"),
+        ("opensora-1.2", ["--seconds", "2", "--frames", "17"], "a fox", "and --frames without --seconds"),
+        ("opensora-1.2", ["--ratio", "1:1"], "a fox", "--ratio is of a --resolution"),
+        ("opensora-1.2", ["--resolution", "480p", "--ratio", "1"], "a fox", "unknown ratio '1'"),
+        ("opensora-1.2", ["--seconds", "3"], "a fox", "unknown duration '3s'"),
+        ("opensora-1.2", ["--weights", "latte-t2v"], "a fox", "latte-t2v does not hold opensora-1.2"),
+        ("tiny", ["--weights", "latte-t2v"], "a fox", "--weights are of a model that --model names"),
+        ("tiny", ["--negative", "blurry"], "a red circle", "no words for others: give no negative prompt"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line(refused, name, options, caption, said):
+    line = refused(name, *options, caption=caption)
+    assert said in re.sub(r"\s+", " ", line)
