@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from minidit import cli
 
 ROOT = Path(__file__).parents[1]
@@ -44,14 +45,11 @@ def pixels(path):
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
 
 
-def test_one_two_and_four_processes_make_the_same_video(torchrun, tmp_path):
+def test_two_processes_make_the_video_of_one(torchrun, tmp_path):
     assert cli.main(["generate", CAPTION, "--steps", "4", "--out", str(tmp_path / "1.png")]) == 0
-    for ranks, options in (2, ()), (4, ("--split-guidance", "--axis", "frames")):
-        generated(torchrun, ranks, f"{ranks}.png", *options)
-    alone = pixels(tmp_path / "1.png")
-    for ranks in (2, 4):
-        difference = (pixels(tmp_path / f"{ranks}.png") - alone).abs()
-        assert difference.max() <= 1 and (difference > 0).float().mean() < 0.001  # sums in another order
+    generated(torchrun, 2, "2.png")
+    difference = (pixels(tmp_path / "2.png") - pixels(tmp_path / "1.png")).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.001  # sums in another order
 
 
 def test_what_all_ranks_find_wrong_is_said_once(torchrun, tmp_path):
@@ -97,10 +95,10 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_file(torchrun, tmp_pat
 
 def test_training_on_two_processes_is_training_on_one_with_the_same_batch(torchrun, tmp_path):
     quiet = ["--steps", "2", "--batch", "4", "--warmup", "1", "--show", "0", "--workers", "0", "--device", "cpu"]
-    for ranks in (1, 2):
-        training = torchrun(ranks, str(ROOT / "scripts" / "train.py"), *quiet, "--out", str(ranks))
-        _, errors = training.communicate(timeout=200)
-        assert training.returncode == 0, errors
+    training = torchrun(2, str(ROOT / "scripts" / "train.py"), *quiet, "--out", "2")
+    assert train.main([*quiet, "--no-compile", "--out", str(tmp_path / "1")]) == 0
+    _, errors = training.communicate(timeout=200)
+    assert training.returncode == 0, errors
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("1", "2"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)

@@ -37,9 +37,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 # the interpreter's bfloat16 is wrong (Triton 3.9)
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 HEADS = [72, 80, 96, 128, 16, 24, 8]  # channels of a head
-few = settings(max_examples=25 if CUDA else 12)  # the interpreter takes a second for one
+few = settings(max_examples=25 if CUDA else 6)  # the interpreter takes a second for one
 dtypes = st.sampled_from(DTYPES)
 sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40))  # B, T, S
+places = st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 40 if CUDA else 3))  # of a program each
 pytestmark = pytest.mark.gpu if CUDA else []
 
 
@@ -182,7 +183,7 @@ def test_attention_with_heads_of_many_sizes(channels, dtype):
 
 @few
 @given(
-    sizes, st.integers(1, 3), st.sampled_from(HEADS), dtypes, st.sampled_from(["no", "after", "before"]), st.booleans()
+    places, st.integers(1, 3), st.sampled_from(HEADS), dtypes, st.sampled_from(["no", "after", "before"]), st.booleans()
 )
 @example((1, 15, 2), 2, 72, torch.float32, "after", True)
 @example((1, 17, 2), 1, 72, torch.float16, "before", True)
@@ -273,7 +274,7 @@ def built(dtype):
     return model.to(DEVICE, dtype).requires_grad_(False)
 
 
-def prepared(model, latent=(3, 5, 6)):
+def prepared(model, latent=(3, 4, 5)):
     text, lengths = normal(2, 70, 8, dtype=model.dtype), torch.tensor([66, 3], device=DEVICE)
     fps = torch.full((2,), 8.0, device=DEVICE)
     cond = model.prepare(text, lengths, latent=latent, height=32, width=32, fps=fps)
@@ -295,7 +296,7 @@ def test_a_model_of_kernels_obeys_the_law_too(dtype, masked):
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES if CUDA else [torch.float16])
 def test_with_kernels_a_stored_and_then_reused_step_is_bitwise_the_computed_step(dtype):
     model = built(dtype)
     x, cond = prepared(model)
