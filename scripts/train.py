@@ -250,7 +250,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
     if args.compile:
-        for sublayer in run.model.sublayers:  # four kinds to compile, where the whole model would take minutes
+        for sublayer in run.model.sublayers:  # a few kinds to compile, where the whole model would take minutes
             sublayer.compile()
     rest, pinned = range(run.step, args.steps), device.type == "cuda"
     scenes = Scenes(run.model, args, share)
