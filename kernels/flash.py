@@ -41,8 +41,6 @@ def why_not(tensor: Tensor, channels: int) -> str | None:
         return f"heads of {channels} channels of {tensor.itemsize} bytes are no multiples of 16 bytes"
     if channels > 128:
         return f"heads have {channels} channels, more than 128"
-    if channels == 64:
-        return "heads of 64 channels come out wrong, see kernels/README.md"
     return None
 
 
@@ -66,6 +64,7 @@ def attend(
     n, m, heads, channels = out.shape
     wide = out.dtype == torch.float32
     tile_m, tile_n = 64 if wide or channels > 96 else 128, 32 if wide else 64
+    main, tail = launch.cut(channels)
     _kernel[triton.cdiv(m, tile_m), heads, n](
         *descriptors(q, tile_m),
         *descriptors(k, tile_n),
@@ -78,12 +77,13 @@ def attend(
         normed,
         bound is None or bound * math.log2(math.e) > BOUNDS[out.dtype],
         channels,
-        *launch.cut(channels),
+        main,
+        tail,
         tile_m,
         tile_n,
         "ieee" if wide else "tf32",
         num_warps=4,
-        num_stages=2 if wide else 4 if channels <= 96 else 3,
+        num_stages=2 if wide else 4 if tail else 3,  # 4 without a tail: wrong (Triton 3.6), see README.md
     )
 
 

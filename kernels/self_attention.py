@@ -14,7 +14,7 @@ from torch import Tensor
 from minidit.kernels import flash, launch
 from minidit.kernels.reference import Axis, Rope
 
-MOST_FRAMES = 32  # of attention along frames: one tile, and so few rows that no warpgroup multiplies, see README.md
+MOST_FRAMES = 128  # of attention along frames, which are one tile
 WIDTH = 32  # channels of a head that attention along frames takes at a time
 
 
@@ -127,8 +127,7 @@ def _temporal(
     b, t, s, d = qkv.shape
     channels = d // (3 * heads)
     out = torch.empty(b, t, s, d // 3, dtype=qkv.dtype, device=qkv.device)
-    tile, rest = max(16, triton.next_power_of_2(t)), channels % WIDTH
-    wide = qkv.dtype == torch.float32
+    tile, wide = max(16, triton.next_power_of_2(t)), qkv.dtype == torch.float32
     _temporal_kernel[b * s * heads,](
         qkv,
         *(norm or (None, None)),
@@ -141,7 +140,6 @@ def _temporal(
         heads,
         channels,
         WIDTH,
-        0 if rest == 0 else 16 if rest <= 16 else WIDTH,
         tile,
         "ieee" if wide else "tf32",
         num_warps=tile // 16,
@@ -154,7 +152,7 @@ def _temporal(
 @triton.jit
 def _temporal_kernel(
     qkv, q_weight, k_weight, cos, sin, out, T, S, scale,
-    ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
+    ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A head of a place, some of its channels after the other: few of them are in registers at a time.
@@ -169,13 +167,9 @@ def _temporal_kernel(
     q, k = qkv + (token * 3 * H + head) * E, qkv + (token * 3 * H + H + head) * E
     v, a = qkv + (token * 3 * H + 2 * H + head) * E, out + (token * H + head) * E
     sums = (tl.zeros([TILE, TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32))
-    for i in tl.static_range(E // WIDTH):
+    for i in tl.static_range((E + WIDTH - 1) // WIDTH):
         sums = _scored(
             sums, q, k, q_weight, k_weight, cos, sin, t, there, i * WIDTH, WIDTH, ROPE_FIRST, E, TILE, PRECISION
-        )
-    if TAIL:
-        sums = _scored(
-            sums, q, k, q_weight, k_weight, cos, sin, t, there, E // WIDTH * WIDTH, TAIL, ROPE_FIRST, E, TILE, PRECISION
         )
     scores, q_square, k_square = sums
     scores *= scale
@@ -185,10 +179,8 @@ def _temporal_kernel(
     weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
     share = 1 / tl.sum(weight, 1)[:, None]
     weight = weight.to(out.dtype.element_ty)
-    for i in tl.static_range(E // WIDTH):
+    for i in tl.static_range((E + WIDTH - 1) // WIDTH):
         _summed(weight, share, v, a, there, i * WIDTH, WIDTH, E, PRECISION)
-    if TAIL:
-        _summed(weight, share, v, a, there, E // WIDTH * WIDTH, TAIL, E, PRECISION)
 
 
 @triton.jit

