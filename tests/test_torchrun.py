@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import shapes
 import train
 from minidit import cli
+from tests.test_train import SMALL
 
 ROOT = Path(__file__).parents[1]
 CAPTION = "a red circle moves to the right"
@@ -93,12 +96,30 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_file(torchrun, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_training_on_two_processes_is_training_on_one_with_the_same_batch(torchrun, tmp_path):
-    quiet = ["--steps", "2", "--batch", "4", "--warmup", "1", "--show", "0", "--workers", "0", "--device", "cpu"]
-    training = torchrun(2, str(ROOT / "scripts" / "train.py"), *quiet, "--out", "2")
+SMALL_TRAINING = """
+import sys
+from functools import partial
+import shapes
+import train
+from tests.test_train import SMALL
+train.TINY, shapes.draw = SMALL, partial(shapes.draw, frames=2, size=16)
+sys.exit(train.main())
+"""
+
+
+def test_training_on_two_processes_is_training_on_one_with_the_same_batch(torchrun, tmp_path, monkeypatch):
+    quiet = ["--steps", "3", "--batch", "4", "--warmup", "1", "--show", "0", "--workers", "0", "--device", "cpu"]
+    (tmp_path / "train_small.py").write_text(SMALL_TRAINING)
+    training = torchrun(2, "train_small.py", *quiet, "--no-compile", "--out", "2")
+    monkeypatch.setattr(train, "TINY", SMALL)
+    monkeypatch.setattr(shapes, "draw", partial(shapes.draw, frames=2, size=16))
     assert train.main([*quiet, "--no-compile", "--out", str(tmp_path / "1")]) == 0
     _, errors = training.communicate(timeout=200)
     assert training.returncode == 0, errors
-    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("1", "2"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("1", "2"))
+    # what a step adds up in float32; Muon makes an update of it in bfloat16, which takes small differences far apart
+    for optimizer, sums in (("muon", "momentum_buffer"), ("adamw", "exp_avg")):
+        first, second = ([*run[optimizer]["state"].values()] for run in (one, two))
+        assert len(first) == len(second) > 10 and any(state[sums].abs().max() > 0 for state in first)
+        for ours, theirs in zip(first, second, strict=True):
+            torch.testing.assert_close(theirs[sums], ours[sums], rtol=1e-3, atol=1e-3 * ours[sums].abs().max().item())

@@ -40,7 +40,7 @@ HEADS = [72, 64, 80, 96, 128, 16, 24, 8]  # channels of a head
 few = settings(max_examples=25 if CUDA else 6)  # the interpreter takes a second for one
 dtypes = st.sampled_from(DTYPES)
 sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40))  # B, T, S
-places = st.tuples(st.integers(1, 2), st.integers(1, 128 if CUDA else 20), st.integers(1, 40 if CUDA else 3))  # of a program each
+places = st.tuples(st.integers(1, 2), st.integers(1, 128 if CUDA else 20), st.integers(1, 40 if CUDA else 3))
 pytestmark = pytest.mark.gpu if CUDA else []
 
 
