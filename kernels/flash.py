@@ -63,8 +63,9 @@ def attend(
     """
     n, m, heads, channels = out.shape
     wide = out.dtype == torch.float32
-    tile_m, tile_n = 64 if wide or channels > 96 else 128, 32 if wide else 64
     main, tail = launch.cut(channels)
+    large = 0 < tail <= 32 and not wide  # without a tail: wrong for 64 channels (Triton 3.6), see README.md
+    tile_m, tile_n = 128 if large else 64, 32 if wide else 64
     _kernel[triton.cdiv(m, tile_m), heads, n](
         *descriptors(q, tile_m),
         *descriptors(k, tile_n),
@@ -83,7 +84,7 @@ def attend(
         tile_n,
         "ieee" if wide else "tf32",
         num_warps=4,
-        num_stages=2 if wide else 4 if tail else 3,  # 4 without a tail: wrong (Triton 3.6), see README.md
+        num_stages=2 if wide else 4 if large else 3,
     )
 
 
