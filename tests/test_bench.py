@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import bench
 import bench_kernels
 import figures
+import measuring
 from minidit.broadcast import PAB_246, Act, Plan, Site, plan
 from minidit.cost import cost
 from minidit.presets import PRESETS
@@ -150,15 +151,15 @@ def test_a_table_of_kernels_says_how_it_was_measured_and_has_as_many_cells_in_ev
 
 def test_the_recorded_command_has_no_path_of_this_machine():
     argv = ["--only", "add_updates", "--json", "/home/me/k.json", "--quick"]
-    found = bench_kernels.origin(CPU, "bench_kernels", argv)
+    found = measuring.origin(CPU, "bench_kernels", argv)
     assert found["command"] == "python scripts/bench_kernels.py --only add_updates --quick"
 
 
 def test_a_section_is_written_over_itself_and_beside_others(tmp_path):
     file = tmp_path / "README.md"
-    bench_kernels.write_section(file, "kernels", "old")
-    bench_kernels.write_section(file, "steps", r"| \1 |")
-    bench_kernels.write_section(file, "kernels", "new")
+    measuring.show("old", "kernels", file)
+    measuring.show(r"| \1 |", "steps", file)
+    measuring.show("new", "kernels", file)
     text = file.read_text()
     assert text.count("<!-- kernels -->") == text.count("<!-- /kernels -->") == text.count("<!-- steps -->") == 1
     assert "\nnew\n" in text and "old" not in text and r"| \1 |" in text
@@ -169,7 +170,7 @@ def test_a_section_is_written_over_itself_and_beside_others(tmp_path):
 
 @given(plans, st.integers(1, 4))
 def test_a_tour_has_the_rows_of_the_plan_each_often_enough(whole, least):
-    short = bench.tour(whole, least)  # a Plan: nothing is reused that was not stored
+    short = measuring.tour(whole, least)  # a Plan: nothing is reused that was not stored
     often, all_of_them = Counter(short.acts), Counter(whole.acts)
     assert often.keys() == all_of_them.keys()
     assert all(min(least, all_of_them[row]) <= often[row] <= all_of_them[row] for row in often)
@@ -178,24 +179,24 @@ def test_a_tour_has_the_rows_of_the_plan_each_often_enough(whole, least):
 
 def test_a_tour_of_the_paper_s_run_leaves_out_much():
     run = bench.pipeline.predict(bench.CASES["480p-2s"].config, torch.bfloat16, PAB_246).plan
-    assert (len(run), len(set(run.acts)), len(bench.tour(run, 1))) == (30, 6, 10)
-    assert len(bench.tour(plan(None, run.timesteps, run.sites), 3)) == 3
+    assert (len(run), len(set(run.acts)), len(measuring.tour(run, 1))) == (30, 6, 10)
+    assert len(measuring.tour(plan(None, run.timesteps, run.sites), 3)) == 3
 
 
 def test_a_run_takes_what_its_rows_take():
     sites = (Site(0, "spatial"), Site(0, "mlp"))
     compute, store, reuse = ((act, Act.COMPUTE) for act in (Act.COMPUTE, Act.STORE, Act.REUSE))
     run = Plan((6.0, 5.0, 4.0, 3.0, 2.0, 1.0), sites, (compute, store, reuse, reuse, store, reuse))
-    rows = bench.by_row(run, [100.0, 7.0, 1.0, 2.0, 9.0, 6.0])
+    rows = measuring.by_row(run, [100.0, 7.0, 1.0, 2.0, 9.0, 6.0])
     assert rows == {compute: 100.0, store: 8.0, reuse: 2.0}
-    assert bench.whole_time(run, rows) == 100 + 8 + 2 + 2 + 8 + 2
-    assert [bench.letters(run, row) for row in rows] == [". .", "S .", "R ."]
+    assert measuring.whole_time(run, rows) == 100 + 8 + 2 + 2 + 8 + 2
+    assert [measuring.letters(run, row) for row in rows] == [". .", "S .", "R ."]
 
 
 def test_a_run_of_the_paper_takes_what_its_computed_sites_take():
     run = bench.pipeline.predict(OPENSORA, torch.bfloat16, PAB_246).plan
     rows = {row: float(sum(act is not Act.REUSE for act in row)) for row in run.acts}
-    assert bench.whole_time(run, rows) == 588 + 476 + 896 + 1680
+    assert measuring.whole_time(run, rows) == 588 + 476 + 896 + 1680
 
 
 # steps
@@ -289,7 +290,7 @@ def test_a_trace_is_read_in_the_order_of_the_device():
         {"name": "process_name", "ph": "M"},
         {"cat": "gpu_memset", "name": "Memset", "ts": 10.0, "dur": 1500},
     ]
-    assert bench.read_trace({"traceEvents": events}) == [("Memset", 1.5), ("second", 0.003)]
+    assert measuring.read_trace({"traceEvents": events}) == [("Memset", 1.5), ("second", 0.003)]
 
 
 @pytest.mark.parametrize(
