@@ -295,6 +295,12 @@ def report(row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peer_of(row: Mapping[str, Any]) -> Peer | None:
+    """What is known of another engine's run of as many steps."""
+    usual = row["case"] in CASES and row["steps"] == CASES[row["case"]].config.sampling.steps
+    return PEERS.get((row["case"], row["recipe"])) if usual else None
+
+
 def table(measured: Mapping[str, Any]) -> str:
     """Markdown: a table of runs, and one of where a step's time goes."""
     same = measured["device"] == PEERS_DEVICE
@@ -304,8 +310,7 @@ def table(measured: Mapping[str, Any]) -> str:
         "|" + "---|" * 13,
     ]
     for row in measured["rows"]:
-        usual = row["case"] in CASES and row["steps"] == CASES[row["case"]].config.sampling.steps
-        peer = PEERS.get((row["case"], row["recipe"])) if usual else None
+        peer = peer_of(row)
         cells = [
             *(row[key] for key in ("case", "recipe", "impl")),
             f"{row['step_s']:.3f}",

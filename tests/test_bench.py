@@ -325,6 +325,45 @@ def test_a_picture_of_the_same_figures_is_the_same_file(what, row, tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The bars of a picture's axes, as (start, width), and what is written on it."""
+    pytest.importorskip("matplotlib")
+
+    def draw(what, *rows):
+        kept = []
+        monkeypatch.setattr(figures, "_save", lambda figure, *_: kept.append(figure))
+        getattr(figures, what)({**KERNEL_ORIGIN, "rows": list(rows)}, tmp_path / "a.svg")
+        bars = [[(bar.get_x(), bar.get_width()) for bar in axes.patches] for axes in kept[0].axes]
+        labels = [[label.get_text() for label in axes.get_yticklabels()] for axes in kept[0].axes]
+        return bars, labels
+
+    return draw
+
+
+def test_a_kernel_is_drawn_beside_its_target_the_best_of_pytorch_and_its_floor(drawn):
+    row = kernel_row(ours=1.0, eager=4.0, compiled=2.0, **{"cudnn alone": 0.9})
+    (bars, *empty), (labels, *_) = drawn("kernels", row)
+    assert bars == [(0, 1.0), (0, 1.1), (0, 2.0), (0, 0.45)] and not any(empty)
+    assert labels == ["ours", "target", "PyTorch, compiled", "floor of operations"]
+
+
+def test_steps_are_drawn_by_group_and_runs_beside_the_peers_of_as_many_steps(drawn):
+    rows = [
+        step_row(),
+        step_row(recipe="pab-246", run_s=7.5, breakdown_ms=None),
+        step_row(impl="torch", breakdown_ms={group: 10.0 for group in bench.GROUPS}),
+        step_row(case="240p-2s", run_s=2.0, breakdown_ms=None),
+    ]
+    (groups, runs), (cases, names) = drawn("steps", *rows)
+    assert cases == ["480p-2s", "480p-2s, torch"]
+    assert groups[:4] == [(0, 150), (0, 10), (150, 30), (10, 10)] and len(groups) == 2 * len(bench.GROUPS)
+    assert names == ["480p-2s none", "480p-2s pab-246", "240p-2s none"]
+    assert [width for _, width in runs] == [10.36, 7.5, 2.0, 20.72, 15.6]
+    (_, fewer), _ = drawn("steps", step_row(steps=10))
+    assert [width for _, width in fewer] == [10.36]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_our_kernels_are_timed_and_steps_broken_down():
     device = torch.device("cuda")
