@@ -15,14 +15,11 @@ the batch; of a caption's slots, 100 are filled. Operations are those of the 100
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench_kernels import Stopwatch, ceilings, finish, origin, precision, signed, started, write_section
+import measuring
+from measuring import MARKER, Stopwatch, by_row, letters, positive, precision, signed, tour, wait, whole_time
 from minidit import ops, pipeline, sampling
-from minidit.broadcast import PARTS, RECIPES, Act, Plan
+from minidit.broadcast import RECIPES, Plan
 from minidit.cache import Cache
 from minidit.cli import Parser
 from minidit.config import ModelConfig
@@ -44,7 +42,6 @@ from minidit.presets import PRESETS
 RESULT = "benchmarks/steps.json"
 FILLED = 100  # tokens of a caption
 IMPLS: tuple[ops.Impl, ...] = ("auto", "torch", "triton")
-Row = tuple[Act, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,53 +98,6 @@ SOURCE = (
 )
 
 
-def tour(plan: Plan, least: int) -> Plan:
-    """A shorter plan with the same rows, each `least` times or, if that is fewer, as often as the whole plan has it.
-
-    What lies between two equal rows can go: what may follow the first may follow the second.
-    """
-    numbers = {row: number for number, row in enumerate(dict.fromkeys(plan.acts))}
-    kept = list(range(len(plan)))
-    while True:
-        rows = [numbers[plan.acts[i]] for i in kept]
-        need = {row: min(least, count) for row, count in Counter(numbers[row] for row in plan.acts).items()}
-        cuts = [
-            (j - i, i)
-            for i in range(len(rows))
-            for j in range(i + 1, len(rows))
-            if rows[i] == rows[j] and _covers(rows[:i] + rows[j:], need)
-        ]
-        if not cuts:
-            return Plan(tuple(plan.timesteps[i] for i in kept), plan.sites, tuple(plan.acts[i] for i in kept))
-        length, at = max(cuts)
-        del kept[at : at + length]
-
-
-def _covers(rows: Sequence[int], need: Mapping[int, int]) -> bool:
-    counts = Counter(rows)
-    return all(counts[row] >= count for row, count in need.items())
-
-
-def by_row(plan: Plan, times: Sequence[float]) -> dict[Row, float]:
-    """The median time of each row of a plan, of the times of its calls."""
-    found: dict[Row, list[float]] = {}
-    for row, each in zip(plan.acts, times, strict=True):
-        found.setdefault(row, []).append(each)
-    return {row: statistics.median(each) for row, each in found.items()}
-
-
-def whole_time(plan: Plan, rows: Mapping[Row, float]) -> float:
-    """Of all calls, by the time of each row."""
-    return sum(rows[row] for row in plan.acts)
-
-
-def letters(plan: Plan, row: Row) -> str:
-    """A row in short: the acts of spatial, temporal, cross-attention and MLPs, such as "S R R ."."""
-    parts = [part for part in PARTS if any(site.part == part for site in plan.sites)]
-    found = [{act.value for site, act in zip(plan.sites, row, strict=True) if site.part == part} for part in parts]
-    return " ".join("".join(sorted(acts)) for acts in found)
-
-
 class Given(NamedTuple):
     """What a run is given: one video, one caption, and no caption."""
 
@@ -195,7 +145,7 @@ def time_whole(model: DiT, config: ModelConfig, plan: Plan, given: Given) -> flo
     """Seconds of a run through `sample`."""
     run, device = config.sampling, given.z.device
     sampler, _ = pipeline.schedule(config, model.dtype)
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     sampling.sample(
         model,
@@ -210,13 +160,8 @@ def time_whole(model: DiT, config: ModelConfig, plan: Plan, given: Given) -> flo
         fps=run.fps,
         null=given.null,
     )
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
@@ -281,7 +226,6 @@ ABOUT_GROUPS = (
     "Without broadcast. Attention is without its projections, which are matrix products, and with its norms, rotations "
     "and rearrangements; rest: copies, and times when no kernel ran."
 )
-MARKER = "spin_kernel"  # what torch.cuda._sleep runs
 
 
 def grouped(kernels: Sequence[tuple[str, float]], labels: Sequence[str]) -> dict[str, float]:
@@ -323,8 +267,8 @@ def breakdown(model: DiT, t: float, x: Tensor, cond: Conditioning, step: float) 
             hooks += [module.register_forward_pre_hook(marking(label))]
             hooks += [module.register_forward_hook(marking("elementwise"))]
     try:
-        _kernels(lambda: None)  # the profiler's first start is slow
-        ms = grouped(_kernels(lambda: model(x, t, cond)), labels)
+        measuring.profiled(lambda: None)  # the profiler's first start is slow
+        ms = grouped(measuring.kernels(measuring.profiled(lambda: model(x, t, cond))), labels)
     except RuntimeError as error:
         print(f"no breakdown: {error}", file=sys.stderr)
         return None
@@ -333,23 +277,6 @@ def breakdown(model: DiT, t: float, x: Tensor, cond: Conditioning, step: float) 
             hook.remove()
     known = sum(ms.values()) - ms["rest"]
     return ms | {"rest": max(ms["rest"], step - known)}
-
-
-def _kernels(f: Callable[[], Any]) -> list[tuple[str, float]]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        f()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
-        return read_trace(json.loads(file.read_text()))
-
-
-def read_trace(trace: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(name, ms) of what ran on the GPU, in that order, of a trace as Chrome has it."""
-    wanted = ("kernel", "gpu_memcpy", "gpu_memset")
-    events = [event for event in trace["traceEvents"] if event.get("cat") in wanted]
-    return [(event["name"], event["dur"] / 1e3) for event in sorted(events, key=lambda event: event["ts"])]
 
 
 # What is shown
@@ -368,6 +295,12 @@ def report(row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peer_of(row: Mapping[str, Any]) -> Peer | None:
+    """What is known of another engine's run of as many steps."""
+    usual = row["case"] in CASES and row["steps"] == CASES[row["case"]].config.sampling.steps
+    return PEERS.get((row["case"], row["recipe"])) if usual else None
+
+
 def table(measured: Mapping[str, Any]) -> str:
     """Markdown: a table of runs, and one of where a step's time goes."""
     same = measured["device"] == PEERS_DEVICE
@@ -377,8 +310,7 @@ def table(measured: Mapping[str, Any]) -> str:
         "|" + "---|" * 13,
     ]
     for row in measured["rows"]:
-        usual = row["case"] in CASES and row["steps"] == CASES[row["case"]].config.sampling.steps
-        peer = PEERS.get((row["case"], row["recipe"])) if usual else None
+        peer = peer_of(row)
         cells = [
             *(row[key] for key in ("case", "recipe", "impl")),
             f"{row['step_s']:.3f}",
@@ -406,25 +338,14 @@ def table(measured: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
 def command_line() -> Parser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="bench.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", choices=("measure", "table"), default="measure")
+    parser = measuring.command_line("bench", __doc__, RESULT)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), metavar="RECIPE", help="none, pab-246 ...")
     parser.add_argument("--impl", nargs="+", choices=IMPLS, help="auto; of 480p-2s torch, too")
     parser.add_argument("--steps", type=positive, metavar="N", help="of a run: as the model was trained")
     parser.add_argument("--calls", type=positive, default=3, metavar="N", help="timed of each row (%(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, 2 calls of each row, no whole run")
-    parser.add_argument("--json", metavar="FILE", help=f"{RESULT} of a full run; of table, what it reads")
-    parser.add_argument("--into", type=Path, metavar="FILE", help="table: write it into the file's section")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(%(default)s)")
     return parser
 
 
@@ -460,10 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.what == "table":
-            text = table(json.loads(Path(args.json or RESULT).read_text()))
-            write_section(args.into, "steps", text) if args.into else print(text)
+            measuring.show(table(measuring.read(args.json or Path(RESULT), "rows")), "steps", args.into)
             return 0
-        device = started(args.device)
+        device = measuring.started(args.device)
         if "triton" in (args.impl or ()) and device.type == "cpu":
             raise ValueError("--impl triton: a CPU has no Triton kernels")
         names = args.cases or (QUICK if args.quick else BY_DEFAULT)
@@ -476,9 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    limits = ceilings(device)
+    limits = measuring.ceilings(device)
     print(f"matmul {limits['matmul_flops_s'] / 1e12:.0f} TFLOP/s", flush=True)
-    found = origin(device, "bench", sys.argv[1:] if argv is None else argv)
+    found = measuring.origin(device, "bench", sys.argv[1:] if argv is None else argv)
     partial = any((args.cases, args.recipes, args.impl, args.steps, args.quick, device.type == "cpu"))
     rows, complete = list[dict[str, Any]](), False
     try:
@@ -486,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
         complete = True
     finally:  # a case that fails does not take the others with it
-        finish("steps", args, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
+        measuring.finish("steps", args.json, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
     return 0
 
 

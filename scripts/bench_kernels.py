@@ -12,18 +12,11 @@ by itself: queries, keys and values normed, rotated and laid out as it likes the
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
-import re
-import statistics
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +25,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import quality
+from measuring import (
+    Candidate,
+    ceilings,
+    command_line,
+    finish,
+    median_ms,
+    origin,
+    precision,
+    read,
+    show,
+    signed,
+    started,
+)
 from minidit import embed
-from minidit.cli import Parser
 from minidit.kernels import reference
 from minidit.kernels.reference import Axis, Rope, Update
 
@@ -45,9 +49,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 SLACK = 1.3  # what a pass over memory may take, of the time that its bytes take to copy
-FLUSH = 256 * 2**20  # bytes, more than any GPU keeps near its cores
 RESULT = "benchmarks/kernels.json"
-Candidate = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,59 +123,6 @@ CASES = (
 def small(case: Case) -> Case:
     """The same on a shape that a CPU computes at once."""
     return replace(case, t=min(case.t, 3), s=7, dim=32, heads=2, keys=case.keys // 25)
-
-
-class Stopwatch:
-    """Takes times in the device's own order. Nothing waits for the device until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda, self._marks = device.type == "cuda", list[Any]()
-
-    def mark(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def laps(self) -> list[float]:
-        """ms from each mark to the next."""
-        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
-        if not self._cuda:
-            return [1000 * (then - now) for now, then in pairs]
-        torch.cuda.synchronize()
-        return [now.elapsed_time(then) for now, then in pairs]
-
-
-def median_ms(candidates: Mapping[str, Candidate], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median ms of each, taking turns. They have been called before."""
-    flush = torch.empty(FLUSH if device.type == "cuda" else 1, dtype=torch.int8, device=device)
-    if device.type == "cuda":
-        torch.cuda._sleep(20_000_000)  # cycles, some 10 ms: calls queue up, so that no launch is waited for
-    watches = {name: Stopwatch(device) for name in candidates}
-    for _ in range(repeats):
-        for name, f in candidates.items():
-            flush.zero_()
-            watches[name].mark()
-            f()
-            watches[name].mark()
-    return {name: statistics.median(watch.laps()[::2]) for name, watch in watches.items()}
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this device reaches: bytes a second of a copy, read and written, and operations a second of a product."""
-    on_gpu, dtype = device.type == "cuda", precision(device)
-    source, n = torch.randn(2**29 if on_gpu else 2**16, device=device).to(dtype), 8192 if on_gpu else 128
-    target, a, b = torch.empty_like(source), *torch.randn(2, n, n, device=device).to(dtype)
-    runs: dict[str, Candidate] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
-    median_ms(runs, 3, device)
-    ms = median_ms(runs, 20, device)
-    return {"copy_bytes_s": 2e3 * source.nbytes / ms["copy"], "matmul_flops_s": 2e3 * n**3 / ms["matmul"]}
-
-
-def precision(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def arguments(case: Case, device: torch.device) -> tuple[Any, ...]:
@@ -414,65 +363,14 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def signed(measured: Mapping[str, Any]) -> str:
-    """Where, with what and how figures were measured."""
-    versions = f"PyTorch {measured['torch']}, Triton {measured['triton']}"
-    return f"Measured on {measured['device']}, {versions}, commit {measured['commit']}, by `{measured['command']}`."
-
-
-def origin(device: torch.device, script: str, argv: Sequence[str]) -> dict[str, Any]:
-    """What a figure is worth nothing without. Where the result went is left out of the command."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False
-    )
-    try:
-        triton: str | None = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = None
-    words = re.sub(r"\s*--json[ =]\S+", "", " ".join(["python", f"scripts/{script}.py", *argv]))
-    versions = {"triton": triton, "cuda": torch.version.cuda, "commit": git.stdout.strip() or "unknown"}
-    dtype = str(precision(device)).removeprefix("torch.")
-    return {"command": words, **quality.origin(device), **versions, "dtype": dtype}
-
-
-def write_section(file: Path, name: str, text: str) -> None:
-    """Put text between the file's <!-- name --> and <!-- /name -->, or at its end if it has none."""
-    old = file.read_text() if file.exists() else "# Measurements\n"
-    section = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-    new, found = re.subn(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _: section, old, flags=re.S)
-    file.write_text(new if found else f"{old.rstrip()}\n\n{section}\n")
-
-
-def started(name: str) -> torch.device:
-    """The device. ValueError if it is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no GPU here: --device cpu tries the script on small shapes")
-    return torch.device(name)
-
-
-def finish(what: str, args: argparse.Namespace, measured: Mapping[str, Any], default: str, partial: bool) -> None:
-    """Write the JSON: what is partial only where --json says, not over the full one."""
-    file = args.json or (None if partial else default)
-    if file:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps(measured, indent=2) + "\n")
-    print(f"{what}: {file or 'nothing written, --json FILE does'}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="bench_kernels.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", choices=("measure", "table"), default="measure")
+    parser = command_line("bench_kernels", __doc__, RESULT)
     parser.add_argument("--only", nargs="+", choices=OPS, metavar="OP", help=", ".join(OPS))
     parser.add_argument("--quick", action="store_true", help="10 repeats instead of 40, nothing compiled")
-    parser.add_argument("--json", metavar="FILE", help=f"{RESULT} of a full run; of table, what it reads")
-    parser.add_argument("--into", type=Path, metavar="FILE", help="table: write it into the file's section")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small shapes, without ours")
     try:
         args = parser.parse_args(argv)
         if args.what == "table":
-            text = table(json.loads(Path(args.json or RESULT).read_text()))
-            write_section(args.into, "kernels", text) if args.into else print(text)
+            show(table(read(args.json or Path(RESULT), "rows")), "kernels", args.into)
             return 0
         device = started(args.device)
     except (ValueError, OSError) as failure:
@@ -490,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(report(rows[-1]), flush=True)
         complete = True
     finally:  # a case that fails does not take the others with it
-        finish("kernels", args, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
+        finish("kernels", args.json, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
     return int(any("failed" in row["candidates"].get("ours", {}) for row in rows))
 
 

@@ -17,18 +17,16 @@ how far another order of sums leads. Of the automatic axis, the run along the ax
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, islice, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,18 +35,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bench
-from bench import MARKER, Given, by_row, positive, read_trace, tour, whole_time
-from bench_kernels import Stopwatch, origin, signed, started, write_section
-from minidit import parallel, pipeline, sampling
+import measuring
+from bench import Given
+from measuring import positive, tour, wait
+from metering import Meter, of_whole, profiled, run
+from minidit import parallel, pipeline
 from minidit.broadcast import RECIPES, Plan
 from minidit.cli import Parser
 from minidit.config import ModelConfig
 from minidit.cost import cost
 from minidit.model import DiT
 from minidit.parallel import ALONE, Axis, Layout, choose_axis, traffic
-from minidit.samplers import Field, Noise
 
 RESULT = "benchmarks/parallel.json"
+KEYS = ("launches", "rows")  # of that file
 CASES = ("480p-2s", "480p-8s", "720p-2s")
 DEFAULT_RECIPES = ("none", "pab-246")
 AXES: tuple[Axis, ...] = ("frames", "places")
@@ -64,141 +64,6 @@ def small(config: ModelConfig) -> ModelConfig:
     """The same on a shape that a CPU computes at once."""
     config = replace(config, depth=2, dim=24, heads=2, mlp_ratio=1.0, caption_dim=8)
     return pipeline.asked(config, height=32, width=48, frames=min(config.sampling.frames, 51))
-
-
-# What is measured of a run
-
-
-class Meter:
-    """Times the calls of a run, and counts and times what each hands to torch.distributed, but for digests."""
-
-    def __init__(self, device: torch.device, marking: bool = False) -> None:
-        self._calls, self._collectives = Stopwatch(device), Stopwatch(device)
-        self._marking = marking  # for the profiler
-        self._bytes, self._counts = list[int](), list[int]()
-
-    def mark(self) -> None:
-        """Before the first call, and after each."""
-        if self._marking:
-            torch.cuda._sleep(1)
-        self._calls.mark()
-        self._bytes.append(0)
-        self._counts.append(0)
-
-    def __enter__(self) -> Meter:
-        self._before = dist.all_to_all_single
-
-        def metered(output: Tensor, given: Tensor, *args: Any, **options: Any) -> Any:
-            if not given.is_floating_point():
-                return self._before(output, given, *args, **options)
-            self._bytes[-1] += given.nbytes
-            self._counts[-1] += 1
-            self._collectives.mark()
-            result = self._before(output, given, *args, **options)
-            self._collectives.mark()
-            return result
-
-        dist.all_to_all_single = metered  # type: ignore[assignment]
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        dist.all_to_all_single = self._before
-
-    @property
-    def sent(self) -> list[int]:
-        """Bytes of every call."""
-        return self._bytes[:-1]
-
-    def ms(self) -> list[float]:
-        """Of every call."""
-        return self._calls.laps()
-
-    def collectives_ms(self) -> list[float]:
-        """Of every call, in collectives."""
-        each = iter(self._collectives.laps()[::2])
-        return [sum(islice(each, many)) for many in self._counts[:-1]]
-
-
-@dataclass(frozen=True)
-class Metered:
-    """A sampler: Euler steps along the velocity at a plan's times, which need not be evenly spaced; a meter marks them.
-
-    Ranks compare their samplers by what they print: a meter is each rank's own.
-    """
-
-    timesteps: tuple[float, ...]
-    meter: Meter = field(repr=False, compare=False)
-
-    def integrate(
-        self, call: Field, z: Tensor, *, frames: Tensor | None = None, noise: Noise = torch.randn_like
-    ) -> Tensor:
-        """See samplers.Sampler."""
-        self.meter.mark()
-        for i, (t, then) in enumerate(pairwise((*self.timesteps, 0.0))):
-            z = z + call(i, z, None)[:, : z.shape[1]] * (t - then) / 1000
-            self.meter.mark()
-        return z
-
-
-def run(
-    model: DiT, config: ModelConfig, plan: Plan, given: Given, layout: Layout, meter: Meter, two_calls: bool = False
-) -> Tensor:
-    """The latents of a run."""
-    asked = config.sampling
-    with meter:
-        return sampling.sample(
-            model,
-            given.z,
-            given.text,
-            given.lengths,
-            plan=plan,
-            sampler=Metered(plan.timesteps, meter),
-            guidance=asked.guidance,
-            height=asked.height,
-            width=asked.width,
-            fps=asked.fps,
-            two_calls=two_calls,
-            null=given.null,
-            layout=layout,
-        )
-
-
-def of_whole(plan: Plan, ran: Plan, each: Sequence[float]) -> float:
-    """The sum over a plan's calls of what each call of a run took: of all of its calls, or of a shorter one's."""
-    return sum(each) if len(ran) == len(plan) else whole_time(plan, by_row(ran, each))
-
-
-def nccl_ms(kernels: Sequence[tuple[str, float]], calls: int) -> list[float]:
-    """ms of NCCL's kernels in every call. kernels: (name, ms) in the order they ran, markers among them.
-
-    Raises RuntimeError for kernels with other markers than were launched.
-    """
-    found = list[float]()
-    for name, ms in kernels:
-        if MARKER in name:
-            found.append(0.0)
-        elif "nccl" in name.lower() and found:
-            found[-1] += ms
-    if len(found) != calls + 1:
-        raise RuntimeError("the profiler has lost kernels: the time of NCCL's would be wrong")
-    return found[:-1]
-
-
-def profiled(device: torch.device, calls: int, f: Callable[[Meter], Any]) -> list[float] | None:
-    """ms of NCCL's kernels in every call of a run; None where they cannot be seen. f: runs with a meter."""
-    if device.type != "cuda":
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        f(Meter(device, marking=True))
-        torch.cuda.synchronize()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(file))
-            return nccl_ms(read_trace(json.loads(file.read_text())), calls)
-    except RuntimeError as error:  # all collectives are over: the other ranks need not know
-        print(f"no time of NCCL: {error}", file=sys.stderr)
-        return None
 
 
 class Combination(NamedTuple):
@@ -288,8 +153,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         meter, start = Meter(device), time.perf_counter()
         go(ran, meter)
-        if cuda:
-            torch.cuda.synchronize()
+        wait(device)
         took, calls = time.perf_counter() - start, meter.ms()
         # what is done once a run is in it as well, only the calls are those of the whole plan
         seconds = took + (of_whole(plan, ran, calls) - sum(calls)) / 1e3
@@ -373,25 +237,6 @@ def with_speedups(rows: Sequence[Mapping[str, Any]], launches: Sequence[Mapping[
     return [{**row, "speedup": over(row, row["recipe"]), "speedup_over_plain": over(row, "none")} for row in rows]
 
 
-def write(file: Path, measured: Mapping[str, Any]) -> None:
-    """All or nothing: a launch that is killed leaves what was there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}")
-    draft.write_text(json.dumps(measured, indent=2) + "\n")
-    draft.replace(file)
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Raises ValueError for a file of something else."""
-    try:
-        measured = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(measured, dict) or not {"launches", "rows"} <= set(measured):
-        raise ValueError(f"{file} is not a file of bench_parallel.py: it has no launches and rows")
-    return measured
-
-
 # What is shown
 
 
@@ -441,7 +286,7 @@ def table(measured: Mapping[str, Any]) -> str:
             shown(row["difference"], ".1e"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *reached(measured["rows"]), *map(signed, measured["launches"])])
+    return "\n".join([*lines, "", *reached(measured["rows"]), *map(measuring.signed, measured["launches"])])
 
 
 def reached(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -461,18 +306,13 @@ def reached(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def command_line() -> Parser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="bench_parallel.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", choices=("measure", "table"), default="measure")
+    parser = measuring.command_line("bench_parallel", __doc__, RESULT)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=DEFAULT_RECIPES, metavar="RECIPE")
     parser.add_argument("--axes", nargs="+", choices=(*AXES, "auto"), default=(*AXES, "auto"), help="all of them")
     parser.add_argument("--guidance", nargs="+", choices=tuple(GUIDANCE), default=tuple(GUIDANCE), help="both")
     parser.add_argument("--steps", type=positive, metavar="N", help="of a run: 30")
     parser.add_argument("--quick", action="store_true", help="a shorter run with all kinds of calls, added up")
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"{RESULT}, where nothing is made small")
-    parser.add_argument("--into", type=Path, metavar="FILE", help="table: write it into the file's section")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small shapes (%(default)s)")
     return parser
 
 
@@ -526,7 +366,7 @@ def measure_all(
 
 def launched(world: int, device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     """What the figures of a launch are worth nothing without."""
-    found = origin(device, "bench_parallel", argv)
+    found = measuring.origin(device, "bench_parallel", argv)
     return {**found, "command": found["command"].replace("python", f"torchrun --nproc-per-node {world}", 1)}
 
 
@@ -550,17 +390,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.what == "table":
-            text = table(read(args.json or Path(RESULT)))
-            write_section(args.into, "parallel", text) if args.into else print(text)
+            measuring.show(table(measuring.read(args.json or Path(RESULT), *KEYS)), "parallel", args.into)
             return 0
-        started(args.device)
+        measuring.started(args.device)
         if args.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise ValueError(f"{world} ranks, but {torch.cuda.device_count()} GPUs: start fewer")
         if not any(world % GUIDANCE[name] == 0 for name in args.guidance):
             raise ValueError(f"--guidance apart needs an even number of ranks, not {world}: start them with torchrun")
         cases = configs(args)
         file = args.json or (None if args.quick or args.steps or args.device == "cpu" else Path(RESULT))
-        old = read(file) if file and file.exists() else {}
+        old = measuring.read(file, *KEYS) if file and file.exists() else {}
     except (ValueError, OSError) as error:
         if first:
             print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -577,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if first:
                     print(f"{time.monotonic() - start:>4.0f} s  {report(found[0])}", flush=True)
                     if file:
-                        write(file, merged(old, launch, rows))
+                        measuring.write(file, merged(old, launch, rows))
         except Exception as error:
             code = broken_off(error, f"{parser.prog}, rank {os.environ.get('RANK', 0)}, rows before: {len(rows)}")
             if world > 1:

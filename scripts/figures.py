@@ -11,11 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import minidit
+from bench import GROUPS, PEERS_DEVICE, SOURCE, peer_of
+from bench_kernels import best
+from measuring import signed
 from minidit.video import sheet
 
 CAPTIONS = (
@@ -50,63 +54,89 @@ def loss(stages: Any, out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+COLOURS = {"ours": "C0", "target": "0.55", "PyTorch": "C1", "floor": "0.8"}  # a number is a grey
+
+
 def kernels(measured: Any, out: Path) -> None:
-    """A small bar chart a case: ours, PyTorch's, attention alone; a line where the floor is."""
-    from matplotlib import pyplot
-
-    from bench_kernels import best
-
-    columns = 3
-    lines = -(-len(measured["rows"]) // columns)
-    pyplot.rcParams["svg.hashsalt"] = "minidit"  # equal figures are equal files
-    figure, grid = pyplot.subplots(lines, columns, figsize=(12, 1.9 * lines), layout="constrained", squeeze=False)
-    for axes in grid.flat:
+    """A small bar chart an op: ours, what it is to take, PyTorch's best that does as much, the least possible."""
+    columns, rows = 3, measured["rows"]
+    lines = -(-len(rows) // columns)
+    figure, grid = _figure(lines, columns, (12, 0.9 + 1.6 * lines))
+    for axes in grid.flat[len(rows) :]:
         axes.set_axis_off()
-    for row, axes in zip(measured["rows"], grid.flat, strict=False):
-        axes.set_axis_on()
-        found = {name: row["candidates"].get(name, {}).get("ms") for name in ("ours", "eager", "compiled")}
-        for alone in (False, True):
-            if one := best(row, alone=alone):
-                found.setdefault(one[0], one[1]["ms"])
+    for row, axes in zip(rows, grid.flat, strict=False):
+        theirs, floors = best(row, alone=False), {"bytes": row["bytes_floor_ms"], "operations": row["flops_floor_ms"]}
+        found = {
+            "ours": row["candidates"].get("ours", {}).get("ms"),
+            "target": row["target_ms"],
+            f"PyTorch, {theirs[0]}" if theirs else "PyTorch": theirs and theirs[1]["ms"],
+            f"floor of {max(floors, key=lambda name: floors[name])}": max(floors.values()),
+        }
         bars = {name: ms for name, ms in found.items() if ms}
-        colours = ["C0" if name == "ours" else "C7" for name in bars]
+        colours = [next(colour for what, colour in COLOURS.items() if name.startswith(what)) for name in bars]
         drawn = axes.barh(list(bars), list(bars.values()), color=colours)
         axes.bar_label(drawn, fmt="%.3f", padding=3, fontsize=8)
-        floor = max(row["bytes_floor_ms"], row["flops_floor_ms"])
-        axes.axvline(floor, color="C3", linestyle="--", linewidth=1)
-        axes.set_title(f"{row['case']}, floor {floor:.3f}", fontsize=10)
-        axes.set_xlabel("ms")
-        axes.set_xlim(0, 1.2 * max([floor, *bars.values()]))
+        axes.set_title(row["case"], fontsize=10)
+        axes.set_xlabel("ms", fontsize=8)
+        axes.set_xlim(0, 1.2 * max(bars.values()))
+        axes.tick_params(labelsize=8)
         axes.invert_yaxis()
-    figure.suptitle(f"{measured['device']}: dashed, what bytes or operations take at the device's measured ceilings")
-    figure.savefig(out, metadata=_undated(out))
+    _save(figure, measured, out)
 
 
 def steps(measured: Any, out: Path) -> None:
-    """Where a step's time goes: a stacked bar for every case without broadcast."""
-    from matplotlib import pyplot
-
-    rows = [row for row in measured["rows"] if row["breakdown_ms"]]
-    if not rows:
+    """Where a step's time goes, a stacked bar a case; and whole runs, plain and with broadcast, beside the peers'."""
+    broken = [row for row in measured["rows"] if row["breakdown_ms"]]
+    if not broken:
         raise ValueError("no row has a breakdown: those of `none` measured on a GPU have")
-    pyplot.rcParams["svg.hashsalt"] = "minidit"
-    figure, axes = pyplot.subplots(figsize=(10, 1.4 + 0.5 * len(rows)), layout="constrained")
-    names = [f"{row['case']} {row['impl']}" for row in rows]
-    before = [0.0] * len(rows)
-    for group in rows[0]["breakdown_ms"]:
-        widths = [row["breakdown_ms"][group] for row in rows]
-        axes.barh(names, widths, left=before, label=group)
+    runs = [row for row in measured["rows"] if row["impl"] == "auto"] or measured["rows"]
+    figure, grid = _figure(1, 2, (13, 1.8 + 0.3 * max(len(broken), 2 * len(runs))))
+    left, right = grid.flat
+    names, before = [_cased(row) for row in broken], [0.0] * len(broken)
+    for group in GROUPS:
+        widths = [row["breakdown_ms"][group] for row in broken]
+        left.barh(names, widths, left=before, label=group)
         before = [start + width for start, width in zip(before, widths, strict=True)]
     for i, total in enumerate(before):
-        axes.text(total, i, f" {total:.0f}", va="center", fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="ms of one step without broadcast", title=measured["device"])
-    figure.legend(ncols=6, loc="outside lower center")
-    figure.savefig(out, metadata=_undated(out))
+        left.text(total, i, f" {total:.0f}", va="center", fontsize=8)
+    left.set(xlabel="ms", title="one step without broadcast, by op")
+    left.set_xlim(0, 1.1 * max(before))
+    theirs = [peer and peer.seconds for peer in map(peer_of, runs)]
+    for label, shift, colour, values in (
+        ("ours", -0.2, COLOURS["ours"], [row["run_s"] for row in runs]),
+        (f"peer, on {PEERS_DEVICE}", 0.2, COLOURS["PyTorch"], theirs),
+    ):
+        there = [(i + shift, value) for i, value in enumerate(values) if value]
+        if there:
+            drawn = right.barh(*zip(*there, strict=True), height=0.4, color=colour, label=label)
+            right.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+    right.set_yticks(range(len(runs)), [f"{_cased(row)} {row['recipe']}" for row in runs])
+    right.set(xlabel="s", title="a run, all steps")
+    right.set_xlim(0, 1.15 * max(value for value in (*theirs, *(row["run_s"] for row in runs)) if value))
+    for axes, side in ((left, "left"), (right, "right")):
+        axes.tick_params(labelsize=8)
+        axes.invert_yaxis()
+        # outside, where no bar is
+        figure.legend(*axes.get_legend_handles_labels(), loc=f"outside upper {side}", ncols=6, fontsize=8)
+    _save(figure, measured, out, f" {SOURCE}")
 
 
-def _undated(out: Path) -> dict[str, None] | None:
-    return {"Date": None} if out.suffix == ".svg" else None
+def _cased(row: Any) -> str:
+    return row["case"] if row["impl"] == "auto" else f"{row['case']}, {row['impl']}"
+
+
+def _figure(lines: int, columns: int, size: tuple[float, float]) -> Any:
+    from matplotlib import pyplot  # an extra: only some pictures need it
+
+    pyplot.rcParams["svg.hashsalt"] = "minidit"  # equal figures are equal files
+    return pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def _save(figure: Any, measured: Any, out: Path, more: str = "") -> None:
+    """With where the figures come from in a line under them."""
+    wide = round(13 * figure.get_figwidth())  # letters
+    figure.supxlabel(textwrap.fill(f"{signed(measured)}{more}", wide), fontsize=8, color="0.3")
+    figure.savefig(out, dpi=120, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
 DRAWN_OF_A_FILE: dict[str, Callable[[Any, Path], None]] = {"loss": loss, "kernels": kernels, "steps": steps}

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import judge
+import measuring
 import minidit
 import shapes
 from minidit.broadcast import RECIPES
@@ -117,13 +116,6 @@ def table(quality: dict[str, Any], timing: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def origin(device: torch.device) -> dict[str, Any]:
-    """What a figure is worth nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    on = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": on, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("judge", "time", "table"))
@@ -138,15 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(*(json.loads((folder / f"{name}.json").read_text()) for name in ("quality", "time"))))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, measured_with = minidit.load(args.model, device=device, dtype=torch.float32), origin(device)
+    dtype = torch.float32
+    model = minidit.load(args.model, device=device, dtype=dtype)
+    measured_with = measuring.origin(device, "quality", sys.argv[1:] if argv is None else argv, dtype)
     if args.what == "judge":
         name, rows = "quality", measure_quality(model, args.captions, args.batch)
     else:
         name, rows = "time", measure_time(model, args.rounds)
-    folder.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python scripts/quality.py", *(argv or sys.argv[1:])])
-    result = {"command": command, **measured_with, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    measuring.write(folder / f"{name}.json", {**measured_with, "rows": rows})
     print(json.dumps([{k: v for k, v in row.items() if k != "wrong"} for row in rows], indent=2))
     return 0
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import bench
 import bench_kernels
 import figures
+import measuring
 from minidit.broadcast import PAB_246, Act, Plan, Site, plan
 from minidit.cost import cost
 from minidit.presets import PRESETS
@@ -150,15 +151,15 @@ def test_a_table_of_kernels_says_how_it_was_measured_and_has_as_many_cells_in_ev
 
 def test_the_recorded_command_has_no_path_of_this_machine():
     argv = ["--only", "add_updates", "--json", "/home/me/k.json", "--quick"]
-    found = bench_kernels.origin(CPU, "bench_kernels", argv)
+    found = measuring.origin(CPU, "bench_kernels", argv)
     assert found["command"] == "python scripts/bench_kernels.py --only add_updates --quick"
 
 
 def test_a_section_is_written_over_itself_and_beside_others(tmp_path):
     file = tmp_path / "README.md"
-    bench_kernels.write_section(file, "kernels", "old")
-    bench_kernels.write_section(file, "steps", r"| \1 |")
-    bench_kernels.write_section(file, "kernels", "new")
+    measuring.show("old", "kernels", file)
+    measuring.show(r"| \1 |", "steps", file)
+    measuring.show("new", "kernels", file)
     text = file.read_text()
     assert text.count("<!-- kernels -->") == text.count("<!-- /kernels -->") == text.count("<!-- steps -->") == 1
     assert "\nnew\n" in text and "old" not in text and r"| \1 |" in text
@@ -169,7 +170,7 @@ def test_a_section_is_written_over_itself_and_beside_others(tmp_path):
 
 @given(plans, st.integers(1, 4))
 def test_a_tour_has_the_rows_of_the_plan_each_often_enough(whole, least):
-    short = bench.tour(whole, least)  # a Plan: nothing is reused that was not stored
+    short = measuring.tour(whole, least)  # a Plan: nothing is reused that was not stored
     often, all_of_them = Counter(short.acts), Counter(whole.acts)
     assert often.keys() == all_of_them.keys()
     assert all(min(least, all_of_them[row]) <= often[row] <= all_of_them[row] for row in often)
@@ -178,24 +179,24 @@ def test_a_tour_has_the_rows_of_the_plan_each_often_enough(whole, least):
 
 def test_a_tour_of_the_paper_s_run_leaves_out_much():
     run = bench.pipeline.predict(bench.CASES["480p-2s"].config, torch.bfloat16, PAB_246).plan
-    assert (len(run), len(set(run.acts)), len(bench.tour(run, 1))) == (30, 6, 10)
-    assert len(bench.tour(plan(None, run.timesteps, run.sites), 3)) == 3
+    assert (len(run), len(set(run.acts)), len(measuring.tour(run, 1))) == (30, 6, 10)
+    assert len(measuring.tour(plan(None, run.timesteps, run.sites), 3)) == 3
 
 
 def test_a_run_takes_what_its_rows_take():
     sites = (Site(0, "spatial"), Site(0, "mlp"))
     compute, store, reuse = ((act, Act.COMPUTE) for act in (Act.COMPUTE, Act.STORE, Act.REUSE))
     run = Plan((6.0, 5.0, 4.0, 3.0, 2.0, 1.0), sites, (compute, store, reuse, reuse, store, reuse))
-    rows = bench.by_row(run, [100.0, 7.0, 1.0, 2.0, 9.0, 6.0])
+    rows = measuring.by_row(run, [100.0, 7.0, 1.0, 2.0, 9.0, 6.0])
     assert rows == {compute: 100.0, store: 8.0, reuse: 2.0}
-    assert bench.whole_time(run, rows) == 100 + 8 + 2 + 2 + 8 + 2
-    assert [bench.letters(run, row) for row in rows] == [". .", "S .", "R ."]
+    assert measuring.whole_time(run, rows) == 100 + 8 + 2 + 2 + 8 + 2
+    assert [measuring.letters(run, row) for row in rows] == [". .", "S .", "R ."]
 
 
 def test_a_run_of_the_paper_takes_what_its_computed_sites_take():
     run = bench.pipeline.predict(OPENSORA, torch.bfloat16, PAB_246).plan
     rows = {row: float(sum(act is not Act.REUSE for act in row)) for row in run.acts}
-    assert bench.whole_time(run, rows) == 588 + 476 + 896 + 1680
+    assert measuring.whole_time(run, rows) == 588 + 476 + 896 + 1680
 
 
 # steps
@@ -289,7 +290,7 @@ def test_a_trace_is_read_in_the_order_of_the_device():
         {"name": "process_name", "ph": "M"},
         {"cat": "gpu_memset", "name": "Memset", "ts": 10.0, "dur": 1500},
     ]
-    assert bench.read_trace({"traceEvents": events}) == [("Memset", 1.5), ("second", 0.003)]
+    assert measuring.read_trace({"traceEvents": events}) == [("Memset", 1.5), ("second", 0.003)]
 
 
 @pytest.mark.parametrize(
@@ -322,6 +323,45 @@ def test_a_picture_of_the_same_figures_is_the_same_file(what, row, tmp_path):
     for name in ("a.svg", "b.svg"):
         assert figures.main([what, str(source), "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The bars of a picture's axes, as (start, width), and what is written on it."""
+    pytest.importorskip("matplotlib")
+
+    def draw(what, *rows):
+        kept = []
+        monkeypatch.setattr(figures, "_save", lambda figure, *_: kept.append(figure))
+        getattr(figures, what)({**KERNEL_ORIGIN, "rows": list(rows)}, tmp_path / "a.svg")
+        bars = [[(bar.get_x(), bar.get_width()) for bar in axes.patches] for axes in kept[0].axes]
+        labels = [[label.get_text() for label in axes.get_yticklabels()] for axes in kept[0].axes]
+        return bars, labels
+
+    return draw
+
+
+def test_a_kernel_is_drawn_beside_its_target_the_best_of_pytorch_and_its_floor(drawn):
+    row = kernel_row(ours=1.0, eager=4.0, compiled=2.0, **{"cudnn alone": 0.9})
+    (bars, *empty), (labels, *_) = drawn("kernels", row)
+    assert bars == [(0, 1.0), (0, 1.1), (0, 2.0), (0, 0.45)] and not any(empty)
+    assert labels == ["ours", "target", "PyTorch, compiled", "floor of operations"]
+
+
+def test_steps_are_drawn_by_group_and_runs_beside_the_peers_of_as_many_steps(drawn):
+    rows = [
+        step_row(),
+        step_row(recipe="pab-246", run_s=7.5, breakdown_ms=None),
+        step_row(impl="torch", breakdown_ms={group: 10.0 for group in bench.GROUPS}),
+        step_row(case="240p-2s", run_s=2.0, breakdown_ms=None),
+    ]
+    (groups, runs), (cases, names) = drawn("steps", *rows)
+    assert cases == ["480p-2s", "480p-2s, torch"]
+    assert groups[:4] == [(0, 150), (0, 10), (150, 30), (10, 10)] and len(groups) == 2 * len(bench.GROUPS)
+    assert names == ["480p-2s none", "480p-2s pab-246", "240p-2s none"]
+    assert [width for _, width in runs] == [10.36, 7.5, 2.0, 20.72, 15.6]
+    (_, fewer), _ = drawn("steps", step_row(steps=10))
+    assert [width for _, width in fewer] == [10.36]
 
 
 @pytest.mark.gpu

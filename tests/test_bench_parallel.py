@@ -12,7 +12,9 @@ import torch
 
 import bench
 import bench_parallel
-from bench_parallel import Bench, Combination, combinations, merged, of_whole, predicted
+import metering
+from bench_parallel import Bench, Combination, combinations, merged, predicted
+from metering import of_whole
 from minidit import pipeline
 from minidit.broadcast import RECIPES
 
@@ -111,9 +113,9 @@ def test_a_short_run_has_calls_of_all_kinds_and_adds_up_to_the_whole_one():
 def test_the_time_of_nccl_is_told_apart_by_call_and_not_told_if_calls_are_lost():
     marker, nccl = "spin_kernel(long)", "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
     kernels = [(nccl, 64.0), (marker, 0.5), (nccl, 1.0), ("gemm", 8.0), (nccl, 2.0), (marker, 0.5), (marker, 0.5)]
-    assert bench_parallel.nccl_ms(kernels, 2) == [3.0, 0.0]
+    assert metering.nccl_ms(kernels, 2) == [3.0, 0.0]
     with pytest.raises(RuntimeError, match="lost kernels"):
-        bench_parallel.nccl_ms(kernels, 3)
+        metering.nccl_ms(kernels, 3)
 
 
 def test_a_distance_is_measured_by_how_far_a_run_went():
