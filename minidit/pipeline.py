@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from minidit.broadcast import PAB_246, PARTS, RECIPES, Act, Plan, Pyramid, plan
 from minidit.config import ModelConfig
 from minidit.cost import Cost, cost
 from minidit.decoders import Decoder
+from minidit.jobs import numbered
 from minidit.model import DiT
 from minidit.parallel import ALONE, Layout
 from minidit.samplers import Noise, Sampler
@@ -312,9 +313,14 @@ def _bytes(size: float) -> str:
     return f"{readable(size, 1024)}B"
 
 
+def whole(frames: Iterator[Tensor]) -> Tensor:
+    """A video (T, H, W, 3) of its parts (t, H, W, 3)."""
+    return torch.cat([*frames])
+
+
 def generate(
     model: DiT | Pipeline,
-    captions: str | Sequence[str],
+    captions: str | Path | Sequence[str],
     *,
     pyramid: Pyramid | Literal["paper"] | None = "paper",
     seed: int = 0,
@@ -328,17 +334,23 @@ def generate(
     tile: Tile | None = None,
     layout: Layout = ALONE,
     on_step: Callable[[sampling.Step], None] | None = None,
-) -> tuple[Tensor, Report]:
+    into: Callable[[Iterator[Tensor]], Any] = whole,
+) -> tuple[Any, Report]:
     """A video for every caption: (B, T, H, W, 3) uint8, or (T, H, W, 3) for one caption; and what it cost.
 
-    model: a Pipeline, or a DiT that is one by itself. pyramid: "paper" is the paper's recipe for its family. negative:
-    what the videos are guided away from. What is None is as the model was trained. Video i of a batch starts from the
-    noise of seed + i, the same on every device and in every batch. tile: see Decoder.chunks. layout: the ranks that
-    make the videos together, each of which gets all of them. Raises ValueError for captions the model does not know
-    and sizes it cannot have.
+    model: a Pipeline, or a DiT that is one by itself. captions: one, several, or the Path of a file with one a line.
+    pyramid: "paper" is the paper's recipe for its family. negative: what the videos are guided away from. What is None
+    is as the model was trained. Video i of a batch, or of a file's line i, starts from the noise of seed + i, the same
+    on every device and in every batch. tile: see Decoder.chunks. layout: the ranks that make the videos together, each
+    of which gets all of them. Raises ValueError for captions the model does not know and sizes it cannot have.
+
+    into: is handed each video as it is decoded, in parts (t, H, W, 3) that it need not keep, and what it returns stands
+    for the video: partial(save_video, path="long.mp4", fps=24) holds one part at a time. Of several captions
+    it is a list of that. The decoder is let go when it returns or raises, whether it took all parts or not.
     """
     pipe = model if isinstance(model, Pipeline) else Pipeline.of(model)
-    batch = [captions] if isinstance(captions, str) else list(captions)
+    named = numbered(captions)
+    batch = [*named.values()]
     pipe.text.check(batch, negative)
     config = asked(pipe.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
     run, (sampler, latent) = config.sampling, pipe.schedule(config)
@@ -356,7 +368,7 @@ def generate(
     text, lengths, null = told
     longest = None if lengths is None else int(lengths.max())
     expected = predict(config, pipe.dtype, pyramid, captions=len(batch), caption_length=longest)
-    draw = draws([seed + i for i in range(len(batch))])
+    draw = draws([seed + i for i in named])
     with stages.on("model", pipe.model) as dit:
         z = sampling.sample(
             dit,
@@ -376,9 +388,11 @@ def generate(
             on_step=watch,
         )
     with stages.on("decoder", pipe.decoder) as decoder:
-        videos = torch.stack([torch.cat([*decoder.chunks(latents, run.frames, tile=tile)]) for latents in z])
+        videos = [into(decoder.chunks(latents, run.frames, tile=tile)) for latents in z]
     report = Report(expected.plan, expected.cost, peak, time.perf_counter() - start, stages.peaks)
-    return (videos[0] if isinstance(captions, str) else videos), report
+    if isinstance(captions, str):
+        return videos[0], report
+    return (torch.stack(videos) if into is whole else videos), report
 
 
 def _as(features: Tensor | None, dtype: torch.dtype) -> Tensor | None:

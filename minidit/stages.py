@@ -54,14 +54,16 @@ class Words:
     encoder: CaptionEncoder
 
     def check(self, captions: Sequence[str], negative: str | None) -> None:
-        if negative is not None:
-            raise ValueError("this model has learned one null caption and no words for others: give no negative prompt")
-        self.encoder.tokenize(captions)
+        self._tokens(captions, negative)
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str], negative: str | None) -> Told:
-        self.check(captions, negative)
-        return Told(*self.encoder(self.encoder.tokenize(captions).to(self.encoder.places.device)))
+        return Told(*self.encoder(self._tokens(captions, negative).to(self.encoder.places.device)))
+
+    def _tokens(self, captions: Sequence[str], negative: str | None) -> Tensor:
+        if negative is not None:
+            raise ValueError("this model has learned one null caption and no words for others: give no negative prompt")
+        return self.encoder.tokenize(captions)
 
     def to(self, device: torch.device) -> Any:
         self.encoder.to(device)
@@ -133,12 +135,14 @@ class Pixels:
         return frames
 
     def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]:
-        yield ((latents + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
+        for part in latents.split(PIECE, 1):
+            yield ((part + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
 
     def to(self, device: torch.device) -> Any:
         pass
 
 
+PIECE = 16  # frames of Pixels at a time
 T5, VAES = "text_encoder", ("vae_temporal_decoder", "vae")  # of Latte T2V there are both, and the original takes one
 
 

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import diffusers
@@ -12,16 +14,18 @@ from transformers import T5Config, T5EncoderModel
 import minidit
 import test_decoders as made
 from families import FAMILIES
-from minidit import checkpoint, cli, pipeline, sampling
+from minidit import checkpoint, cli, pipeline, sampling, video
 from minidit.broadcast import RECIPES
 from minidit.decoders import Decoder
 from minidit.pipeline import Pipeline, draws, recipe
 from minidit.presets import PRESETS
+from minidit.stages import Pixels
 from minidit.text import T5Text, rules_of
 from minidit.tiling import Tile
-from minidit.video import load_video
+from minidit.video import load_video, save_video
 from minidit.weights import decoders
 from minidit.weights.decoders import load_decoder
+from test_cli import SMALL
 from test_opensora_vae import TINY as OPENSORA_VAE
 from test_plan_vae import TINY as PLAN_VAE
 from test_text import spiece  # noqa: F401, a fixture
@@ -149,6 +153,71 @@ def test_a_seed_makes_the_same_frames_twice_alone_and_in_a_batch(published, name
         assert torch.equal(alone, again)
         assert (alone.int() - video.int()).abs().max() <= 1
     assert not torch.equal(both[0], both[1])
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """The parts of videos, as they are decoded and as they are written, that somebody holds."""
+    alive, chunks, upscale = weakref.WeakSet(), Pixels.chunks, video.upscale
+
+    def watched(piece):
+        alive.add(piece)
+        alive.most = max(alive.most, len(alive))
+        return piece
+
+    alive.most = 0
+    monkeypatch.setattr(Pixels, "chunks", lambda *args, **options: map(watched, chunks(*args, **options)))
+    monkeypatch.setattr(video, "upscale", lambda *args: watched(upscale(*args)))
+    return alive
+
+
+def test_a_long_video_goes_to_its_file_in_parts_that_nobody_keeps(pieces, tmp_path):
+    torch.manual_seed(0)
+    model = minidit.DiT(SMALL)
+
+    def made(frames, name):
+        path = tmp_path / name
+        saved, _ = minidit.generate(
+            model, "a circle", steps=1, frames=frames, into=lambda parts: save_video(parts, path, fps=8)
+        )
+        assert saved == path and len(load_video(path)) == frames
+        most, pieces.most = pieces.most, 0
+        return most
+
+    assert made(48, "three.mp4") == made(160, "ten.mp4") <= 4
+    assert made(160, "ten.gif") >= 10  # a palette is chosen of all frames
+    assert not pieces
+
+
+def test_what_is_made_of_the_parts_stands_for_the_video(pieces):
+    torch.manual_seed(0)
+    model, asked = minidit.DiT(SMALL), {"steps": 1, "frames": 33}
+    videos, _ = minidit.generate(model, ["a circle", "a red circle"], **asked)
+    assert videos.shape == (2, 33, 16, 16, 3)
+    parts, _ = minidit.generate(model, ["a circle", "a red circle"], **asked, into=list)
+    assert [[len(part) for part in video] for video in parts] == [[16, 16, 1]] * 2
+    assert all(torch.equal(torch.cat(own), video) for own, video in zip(parts, videos, strict=True))
+
+
+@pytest.mark.parametrize("how", ["stops", "fails", "is interrupted"])
+def test_the_decoder_is_let_go_when_what_takes_the_video(published, tmp_path, how):
+    pipe, places = Pipeline.load(published / "opensora-1.1"), []
+    pipe.decoder.to = lambda device: places.append(device is pipe.rest)
+    error = {"fails": OSError(28, "no space"), "is interrupted": KeyboardInterrupt()}.get(how)
+    (tmp_path / "a.mp4").write_bytes(b"of yesterday")
+
+    def parts(frames):
+        yield next(frames)
+        if error:
+            raise error
+
+    def into(frames):
+        return save_video(parts(frames), tmp_path / "a.mp4", fps=8)
+
+    with pytest.raises(type(error)) if error else nullcontext():
+        minidit.generate(pipe, "a fox", into=into, **asked("opensora-1.1"))
+    assert places == [False, True] and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert ((tmp_path / "a.mp4").read_bytes() == b"of yesterday") == bool(error)
 
 
 def test_noise_of_a_step_is_each_seeds_own():
