@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from minidit import checkpoint, parallel, pipeline, sizes
+from minidit import checkpoint, fitting, parallel, pipeline, sizes
 from minidit.broadcast import RECIPES, Pyramid
 from minidit.config import ModelConfig
 from minidit.jobs import Job, jobs
@@ -124,6 +124,7 @@ def parser() -> Parser:
     add_run(make)
     make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")
     make.add_argument("--two-calls", action="store_true", help="guidance in two smaller model calls: less memory")
+    make.add_argument("--offload", action="store_true", help="a layer is on the GPU only while it runs: less memory")
     make.add_argument("--dtype", choices=tuple(DTYPES), help="of a model; else float32 on a CPU, or as the original")
     make.add_argument(
         "--decoder-memory", type=number(0.001, 1e6), metavar="GIB", help="to decode in; else what is free"
@@ -293,6 +294,8 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
         check_output(job.out)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
+    if args.offload and args.device == "cpu":
+        raise ValueError("--offload is for a GPU, with --device cpu all is in this computer's memory: leave it out")
     trained = checkpoint.load_config(pipeline.model_folder(named(args)))
     options = run_options(args, trained)
     config = pipeline.asked(trained, **options)
@@ -300,7 +303,7 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     if args.compare and pyramid is None:
         raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
     dtype = DTYPES[args.dtype] if args.dtype else None
-    pipe = Pipeline.load(named(args), text=args.text, vae=args.vae, device=device, dtype=dtype)
+    pipe = Pipeline.load(named(args), text=args.text, vae=args.vae, device=device, dtype=dtype, offload=args.offload)
     pipe.schedule(config)
     report = pipeline.predict(config, pipe.dtype, pyramid)
     # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
@@ -311,7 +314,10 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     if config.captions is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
         decoding = args.decoder_memory and args.decoder_memory * 2**30
-        peaks, options["tile"] = pipe.fit(config, pyramid, free, two_calls=args.two_calls, decoding=decoding)
+        run = fitting.Run(
+            config=config, pyramid=pyramid, two_calls=args.two_calls, offload=args.offload, ranks=sharing(args)
+        )
+        peaks, options["tile"] = fitting.fit(pipe, run, free, decoding=decoding)
         if parallel.rank() == 0:
             stages = ", ".join(f"{name} {readable(size, 1024)}B" for name, size in peaks.items())
             print(f"predicted memory, one after the other: {stages}; free: {readable(free, 1024)}B")
@@ -322,6 +328,11 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
         print(f"minidit: note: trained on {best}; {asked} will run, but expect worse", file=sys.stderr)
     fps = args.fps or config.sampling.fps
     return Making(pipe, config, pyramid, options, fps, args.compare)
+
+
+def sharing(args: argparse.Namespace) -> int:
+    """The ranks that share the tokens of a video."""
+    return max(1, int(os.environ.get("WORLD_SIZE", 1)) // args.data // (2 if args.split_guidance else 1))
 
 
 def named(args: argparse.Namespace) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from minidit.caption import CaptionEncoder
 from minidit.config import ModelConfig
+from minidit.model import DiT
+from minidit.offload import layers, offloaded
 from minidit.text import T5Text, TextRules, label, layout_of
 from minidit.tiling import Tile
 
@@ -171,6 +173,7 @@ class Stages:
 
     device: torch.device
     rest: torch.device
+    offload: bool = False  # see offload.py
     peaks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -180,10 +183,24 @@ class Stages:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            part.to(self.device)  # type: ignore[attr-defined]
-            yield part
+            with self._there(part):
+                yield part
         finally:
-            part.to(self.rest)  # type: ignore[attr-defined]
             if gpu:
                 self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def _there(self, part: Any) -> Iterator[None]:
+        if self.offload and isinstance(part, DiT):
+            with offloaded(part, layers(part), self.device, self.rest):
+                yield
+        elif self.offload and isinstance(part, Prompts):
+            with offloaded(part.t5.encoder, part.t5.encoder.encoder.block, self.device, self.rest):
+                yield
+        else:
+            try:
+                part.to(self.device)
+                yield
+            finally:
+                part.to(self.rest)

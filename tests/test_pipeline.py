@@ -14,9 +14,10 @@ from transformers import T5Config, T5EncoderModel
 import minidit
 import test_decoders as made
 from families import FAMILIES
-from minidit import checkpoint, cli, pipeline, sampling, video
+from minidit import checkpoint, cli, fitting, pipeline, sampling
 from minidit.broadcast import RECIPES
 from minidit.decoders import Decoder
+from minidit.fitting import Run, fit
 from minidit.pipeline import Pipeline, draws, recipe
 from minidit.presets import PRESETS
 from minidit.stages import Pixels
@@ -158,7 +159,7 @@ def test_a_seed_makes_the_same_frames_twice_alone_and_in_a_batch(published, name
 @pytest.fixture
 def pieces(monkeypatch):
     """The parts of videos, as they are decoded and as they are written, that somebody holds."""
-    alive, chunks, upscale = weakref.WeakSet(), Pixels.chunks, video.upscale
+    alive, chunks, upscale = weakref.WeakSet(), Pixels.chunks, minidit.video.upscale
 
     def watched(piece):
         alive.add(piece)
@@ -167,7 +168,7 @@ def pieces(monkeypatch):
 
     alive.most = 0
     monkeypatch.setattr(Pixels, "chunks", lambda *args, **options: map(watched, chunks(*args, **options)))
-    monkeypatch.setattr(video, "upscale", lambda *args: watched(upscale(*args)))
+    monkeypatch.setattr("minidit.video.upscale", lambda *args: watched(upscale(*args)))
     return alive
 
 
@@ -257,15 +258,14 @@ def test_the_decoder_takes_tiles_where_memory_is_short(published, monkeypatch, t
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_loaded_with_what_would(published):
     pipe = Pipeline.load(published / "opensora-1.2")
     config = pipeline.asked(pipe.config, frames=34, height=64, width=64)
-    peaks, tile = pipe.fit(config, None, 2**40)
+    run = Run(config=config, pyramid=None)
+    peaks, tile = fit(pipe, run, 2**40)
     assert tile is None and list(peaks) == ["text", "model", "decoder"] and min(peaks.values()) > 0
-    fewer = pipe.peaks(replace(config, sampling=replace(config.sampling, frames=21)), None)["model"]
-    with pytest.raises(ValueError, match=r"the model takes .* free are .*: 21 frames of this size would fit"):
-        pipe.fit(config, None, fewer, decoding=2**40)
-    with pytest.raises(ValueError, match="not one frame of this size would"):
-        pipe.fit(config, None, peaks["text"], decoding=2**40)
-    with pytest.raises(ValueError, match="the text encoder takes"):
-        pipe.fit(config, None, 1000)
+    fewer = fitting.peaks(pipe, replace(run, config=pipeline.asked(config, frames=21)))["model"]
+    with pytest.raises(ValueError, match=r"the model takes .* free are .*: --frames 21, --size .* would fit"):
+        fit(pipe, run, fewer, decoding=2**40)
+    with pytest.raises(ValueError, match="the text encoder takes .*: use --device cpu"):
+        fit(pipe, run, 1000)
     assert not {"model", "t5"} & {*vars(pipe), *vars(pipe.text)}
 
 
