@@ -119,7 +119,7 @@ def parser() -> Parser:
     make.add_argument("--model", default="tiny", help="tiny, or a model's folder (%(default)s)")
     make.add_argument("--weights", metavar="DIR", help="the folder of the published model that --model names")
     make.add_argument("--text", metavar="DIR", help="a T5, or org/name on the hub; else text_encoder/ in the folder")
-    make.add_argument("--vae", metavar="DIR", help="a video autoencoder; else vae/ in the folder")
+    make.add_argument("--vae", metavar="DIR", help="a video autoencoder, or org/name[/folder] on the hub; else vae/")
     make.add_argument("--negative", metavar="PROMPT", help="what to guide away from, cut to the caption's length")
     add_run(make)
     make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")

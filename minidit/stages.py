@@ -161,7 +161,9 @@ def vae_folder(folder: Path) -> Path:
     for name in VAES:
         if (folder / name).is_dir():
             return folder / name
-    raise FileNotFoundError(f"{folder} has no vae/: put the decoder's folder there, or name it with --vae")
+    raise FileNotFoundError(
+        f"{folder} has no vae/: put the decoder's folder there, or name it or org/name on the hub with --vae"
+    )
 
 
 Part = TypeVar("Part")

@@ -336,7 +336,7 @@ def refused(published, tmp_path, monkeypatch, capsys):
     [
         ("text_encoder", "no text_encoder/: put a T5 there, or name its folder or org/name on the hub with --text"),
         ("tokenizer", "holds no T5: expected text_encoder/config.json and tokenizer/spiece.model"),
-        ("vae", "has no vae/: put the decoder's folder there, or name it with --vae"),
+        ("vae", "has no vae/: put the decoder's folder there, or name it or org/name on the hub with --vae"),
         ("vae/config.json", "config.json does not exist: it is published beside the weights"),
         ("config.json", "config.json does not exist: give a folder with config.json and model.safetensors"),
         ("model.safetensors", "model.safetensors does not exist"),
