@@ -6,8 +6,10 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -59,8 +61,11 @@ pyramids:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    """0, or 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C or SIGTERM."""
     try:
+        # as Ctrl-C, so that nothing half is left; ranks of torchrun wait for each other, and have to end at once
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         args = parser().parse_args(argv)
         args.command(args)
         sys.stdout.flush()

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -552,6 +553,17 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(monkeypatch, capsys, place, publi
     monkeypatch.setattr(tensors, "cast", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     before = sorted(place.iterdir())
     assert cli.main(["convert", *published]) == 130
+    assert capsys.readouterr().err.endswith("minidit: interrupted, nothing was written\n")
+    assert sorted(place.iterdir()) == before
+
+
+def test_a_conversion_that_is_terminated_leaves_nothing(monkeypatch, capsys, place, published):
+    monkeypatch.setattr(tensors, "cast", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before, handler = sorted(place.iterdir()), signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["convert", *published]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert capsys.readouterr().err.endswith("minidit: interrupted, nothing was written\n")
     assert sorted(place.iterdir()) == before
 

@@ -64,9 +64,8 @@ def fetch(source: str, repository: str, wanted: Sequence[str], *, but: str | Non
     except ImportError as error:
         problem = f"{source} does not exist here, and to look for it on the hub needs huggingface_hub"
         raise ImportError(problem, name="huggingface_hub") from error
-    without = {"ignore_patterns": but} if but else {}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(wanted), **without))
+        return Path(snapshot_download(repository, allow_patterns=list(wanted), ignore_patterns=but))
     except Exception as error:  # a connection can fail in any way, as an error of httpx, which is no OSError, too
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(f"{source} does not exist, and could not be had from the hub: {reason}") from error

@@ -344,7 +344,7 @@ def test_from_the_hub_comes_what_is_needed_and_pickled_weights_where_there_are_n
     names += ["vae/checkpoint.ckpt"] * (weights != "checkpoint.ckpt")
     fetched = []
 
-    def snapshot_download(repository, *, allow_patterns):
+    def snapshot_download(repository, *, allow_patterns, ignore_patterns):
         assert repository == "org/name"
         for name in chosen(names, allow_patterns=allow_patterns):
             (tmp_path / name).parent.mkdir(exist_ok=True)
