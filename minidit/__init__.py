@@ -18,6 +18,7 @@ from minidit.cache import Cache
 from minidit.checkpoint import load, save
 from minidit.config import ModelConfig
 from minidit.cost import cost
+from minidit.jobs import Job, jobs
 from minidit.metrics import psnr, ssim
 from minidit.model import DiT
 from minidit.pipeline import Pipeline, Report, generate
@@ -35,6 +36,7 @@ __all__ = [
     "Broadcast",
     "Cache",
     "DiT",
+    "Job",
     "ModelConfig",
     "Pipeline",
     "Plan",
@@ -45,6 +47,7 @@ __all__ = [
     "Window",
     "cost",
     "generate",
+    "jobs",
     "load",
     "load_video",
     "plan",

@@ -77,7 +77,8 @@ def load(
 def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None, limit: int = tensors.LIMIT) -> None:
     """Write the model's folder, its parameters in dtype (None: as they are), in files of at most limit bytes.
 
-    A save that fails leaves the old model.
+    A save that fails leaves the old model. One that is killed while it replaces the files leaves no config.json, and
+    so no model that is half the old one, unless there is one file to replace.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +92,15 @@ def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None, li
         write_config(new, model.config)
         written = sorted(path.name for path in new.iterdir())
         old = [path for path in folder.glob("model*") if LAYOUT.fullmatch(path.name) and path.name not in written]
-        for name in written:
+        config = folder / CONFIG
+        alike = config.is_file() and config.read_bytes() == (new / CONFIG).read_bytes()
+        if old or written != [CONFIG, WEIGHTS] or not alike:
+            config.unlink(missing_ok=True)
+        for name in written[1:]:
             os.replace(new / name, folder / name)
-    for path in old:
-        path.unlink()
+        for path in old:
+            path.unlink()
+        os.replace(new / CONFIG, config)
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

@@ -6,26 +6,27 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from minidit import checkpoint, metrics, parallel, pipeline, sizes
-from minidit.broadcast import RECIPES, Act, Pyramid
-from minidit.config import ModelConfig, Sampling
+from minidit import checkpoint, fitting, parallel, pipeline, sizes
+from minidit.broadcast import RECIPES, Pyramid
+from minidit.config import ModelConfig
+from minidit.jobs import Job, jobs
+from minidit.making import BAR, LONGEST, Making, clip
 from minidit.parallel import Layout
-from minidit.pipeline import Pipeline, Report, readable
+from minidit.pipeline import Pipeline, readable
 from minidit.presets import PRESETS
-from minidit.sampling import Step
-from minidit.video import WATCHABLE, check_output, save_video, side_by_side
+from minidit.video import check_output
 from minidit.weights.convert import prepare
 from minidit.weights.source import ENDINGS
 
@@ -34,8 +35,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HUB = ("bs4", "diffusers", "ftfy", "huggingface_hub", "sentencepiece", "transformers")
 EXTRAS = {**dict.fromkeys(HUB, "hub"), "matplotlib": "plots"}
 MOST = 100_000  # steps or frames: a slip of the finger should not fill the memory with a table
-LONGEST = 8000  # pixels of a side: twice that, of two videos side by side, fits into every kind of file
-BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}"
 GENERATE = """\
 examples:
   minidit generate "a red circle moves to the right" --out red.mp4
@@ -62,13 +61,16 @@ pyramids:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C."""
+    """0, or 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C or SIGTERM."""
     try:
+        # as Ctrl-C, so that nothing half is left; ranks of torchrun wait for each other, and have to end at once
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         args = parser().parse_args(argv)
         args.command(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return complain("interrupted, nothing was written", code=130)
+    except KeyboardInterrupt as interrupt:
+        return complain(f"{interrupt}" or "interrupted, nothing was written", code=130)
     except BrokenPipeError:
         # whoever read the output, such as head, has enough; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", 1)) > 1 and parallel.lost(error):
             # torchrun names the rank that ended, and ends the others
-            return complain("another rank of the run ended, nothing was written", code=1) if rank() == 0 else 1
+            return complain("another rank of the run ended, nothing was written", code=1) if parallel.rank() == 0 else 1
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         return complain("out of memory: fewer --frames, a smaller --size, --two-calls or --pyramid none need less")
@@ -122,11 +124,12 @@ def parser() -> Parser:
     make.add_argument("--model", default="tiny", help="tiny, or a model's folder (%(default)s)")
     make.add_argument("--weights", metavar="DIR", help="the folder of the published model that --model names")
     make.add_argument("--text", metavar="DIR", help="a T5, or org/name on the hub; else text_encoder/ in the folder")
-    make.add_argument("--vae", metavar="DIR", help="a video autoencoder; else vae/ in the folder")
+    make.add_argument("--vae", metavar="DIR", help="a video autoencoder, or org/name[/folder] on the hub; else vae/")
     make.add_argument("--negative", metavar="PROMPT", help="what to guide away from, cut to the caption's length")
     add_run(make)
     make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")
     make.add_argument("--two-calls", action="store_true", help="guidance in two smaller model calls: less memory")
+    make.add_argument("--offload", action="store_true", help="a layer is on the GPU only while it runs: less memory")
     make.add_argument("--dtype", choices=tuple(DTYPES), help="of a model; else float32 on a CPU, or as the original")
     make.add_argument(
         "--decoder-memory", type=number(0.001, 1e6), metavar="GIB", help="to decode in; else what is free"
@@ -235,15 +238,7 @@ def read_pyramid(name: str) -> Pyramid | None:
         raise ValueError(f"{name}: {error}") from error
 
 
-class Job(NamedTuple):
-    """A video to make."""
-
-    caption: str
-    out: Path
-    seed: int
-
-
-def jobs(args: argparse.Namespace) -> list[Job]:
+def asked_for(args: argparse.Namespace) -> list[Job]:
     """The one that is asked for, or those of the lines of a file that are not there yet."""
     if (args.caption is None) == (args.prompts is None):
         raise ValueError("give a caption, or a file of them with --prompts (see minidit generate --help)")
@@ -252,10 +247,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     folder = Path(args.out)
     if folder.suffix or folder.is_file():
         raise ValueError(f"--prompts makes many videos: name a folder for them with --out, not {folder}")
-    folder.mkdir(exist_ok=True)
-    lines = [line.strip() for line in Path(args.prompts).read_text().splitlines()]
-    every = [Job(line, folder / f"{i:04}.{args.kind}", args.seed + i) for i, line in enumerate(lines) if line]
-    return [job for job in every if not job.out.exists()]
+    return jobs(Path(args.prompts), folder, kind=args.kind, seed=args.seed)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -263,25 +255,33 @@ def generate(args: argparse.Namespace) -> None:
     with parallel.started(args.device) as device:
         problem = None
         try:
-            todo = jobs(args)
-            pipe, pyramid, options = checked(args, todo, device)
-            options["layout"], at = layout(args, device)
+            todo = asked_for(args)
+            making = checked(args, todo, device)
+            making.options["layout"], at = layout(args, device)
         except (ImportError, OSError, ValueError, MemoryError) as error:
             problem = error
         first = parallel.first_with(problem is not None, device)
-        if problem and first == rank():
+        if problem and first == parallel.rank():
             raise problem
         if first is not None:
             sys.exit(2)  # another rank says why
         own = todo[at :: args.data]
-        for job in own:
-            make_video(args, job, pipe, pyramid, options)
-        if args.prompts and rank() == 0:
+        for i, job in enumerate(own):
+            try:
+                report, lines, shown = making.make(job)
+            except KeyboardInterrupt:
+                if args.prompts:
+                    again = f"{i} of {len(own)} videos made in {args.out}: the same command makes the others"
+                    raise KeyboardInterrupt(f"interrupted, {again}") from None
+                raise
+            if not making.options["layout"].first:
+                continue
+            if args.prompts:
+                print(f"wrote {job.out} in {report.seconds:.1f} s: {job.caption}")
+            else:
+                print(f"{lines}\n\nwrote {job.out} ({shown})")
+        if args.prompts and parallel.rank() == 0:
             print(f"{len(todo)} videos made in {args.out}, of which {len(own)} here")
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 def layout(args: argparse.Namespace, device: torch.device) -> tuple[Layout, int]:
@@ -293,45 +293,14 @@ def layout(args: argparse.Namespace, device: torch.device) -> tuple[Layout, int]
     return parallel.ALONE, 0
 
 
-def make_video(
-    args: argparse.Namespace, job: Job, pipe: Pipeline, pyramid: Pyramid | None, options: dict[str, Any]
-) -> None:
-    """The first rank of those that make it shows how far it is, writes it and tells."""
-    config = pipeline.asked(pipe.config, **run_options(args, pipe.config))
-    sampler, _ = pipeline.schedule(config, pipe.dtype)
-    asked, calls = config.sampling, len(sampler.timesteps)
-    options = {**options, "seed": job.seed, "two_calls": args.two_calls}
-    if args.compare:
-        # the first model call of a process takes longer, and would be counted on one side
-        # four steps, because pndm has no fewer
-        pipeline.generate(pipe, job.caption, **{**options, "steps": min(asked.steps, 4)})
-        plain, before = run(pipe, job.caption, None, calls, options)
-    video, report = run(pipe, job.caption, pyramid, calls, options)
-    if not options["layout"].first:
-        return
-    height, width = video.shape[1:3]  # of whole latents
-    text, shown = str(report), [clip(replace(asked, height=height, width=width))]
-    if args.compare:
-        text += compared(plain, before, video, report)
-        video, shown = side_by_side(plain, video), [*shown, "left without broadcast, right with"]
-    scale = min(math.ceil(WATCHABLE / min(height, width)), 2 * LONGEST // max(video.shape[1:3]))
-    fps = args.fps or asked.fps
-    path = save_video(video, job.out, fps=fps, scale=max(1, scale))
-    shown += [f"shown {scale}x larger"] * (scale > 1) + [f"{fps:g} fps"] * (path.suffix.lower() != ".png")
-    if args.prompts:
-        print(f"wrote {path} in {report.seconds:.1f} s: {job.caption}")
-    else:
-        print(f"{text}\n\nwrote {path} ({', '.join(shown)})")
-
-
-def checked(
-    args: argparse.Namespace, todo: Sequence[Job], device: torch.device
-) -> tuple[Pipeline, Pyramid | None, dict[str, Any]]:
+def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device) -> Making:
     """The model and what it is asked for. Everything that can be wrong is found here, before the model runs."""
     for job in todo:
         check_output(job.out)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; give --device cpu")
+    if args.offload and args.device == "cpu":
+        raise ValueError("--offload is for a GPU, with --device cpu all is in this computer's memory: leave it out")
     trained = checkpoint.load_config(pipeline.model_folder(named(args)))
     options = run_options(args, trained)
     config = pipeline.asked(trained, **options)
@@ -339,27 +308,36 @@ def checked(
     if args.compare and pyramid is None:
         raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
     dtype = DTYPES[args.dtype] if args.dtype else None
-    pipe = Pipeline.load(named(args), text=args.text, vae=args.vae, device=device, dtype=dtype)
+    pipe = Pipeline.load(named(args), text=args.text, vae=args.vae, device=device, dtype=dtype, offload=args.offload)
     pipe.schedule(config)
     report = pipeline.predict(config, pipe.dtype, pyramid)
     # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
     if args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
         raise MemoryError
     pipe.text.check([job.caption for job in todo], args.negative)
-    options["negative"] = args.negative
+    options |= {"negative": args.negative, "two_calls": args.two_calls}
     if config.captions is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
         decoding = args.decoder_memory and args.decoder_memory * 2**30
-        peaks, options["tile"] = pipe.fit(config, pyramid, free, two_calls=args.two_calls, decoding=decoding)
-        if rank() == 0:
+        run = fitting.Run(
+            config=config, pyramid=pyramid, two_calls=args.two_calls, offload=args.offload, ranks=sharing(args)
+        )
+        peaks, options["tile"] = fitting.fit(pipe, run, free, decoding=decoding)
+        if parallel.rank() == 0:
             stages = ", ".join(f"{name} {readable(size, 1024)}B" for name, size in peaks.items())
             print(f"predicted memory, one after the other: {stages}; free: {readable(free, 1024)}B")
         pipe.load_all()
     asked, best = clip(config.sampling), clip(trained.sampling)
     any_size = config.captions is None and config.told in ("fps", "size")
-    if asked != best and not any_size and rank() == 0:
+    if asked != best and not any_size and parallel.rank() == 0:
         print(f"minidit: note: trained on {best}; {asked} will run, but expect worse", file=sys.stderr)
-    return pipe, pyramid, options
+    fps = args.fps or config.sampling.fps
+    return Making(pipe, config, pyramid, options, fps, args.compare)
+
+
+def sharing(args: argparse.Namespace) -> int:
+    """The ranks that share the tokens of a video."""
+    return max(1, int(os.environ.get("WORLD_SIZE", 1)) // args.data // (2 if args.split_guidance else 1))
 
 
 def named(args: argparse.Namespace) -> str:
@@ -382,32 +360,6 @@ def named(args: argparse.Namespace) -> str:
 def family(config: ModelConfig) -> tuple[object, ...]:
     """What models of all sizes of a family have in common."""
     return config.blocks, config.told, config.positions.time, config.sampling.method, config.sampling.time
-
-
-def run(
-    pipe: Pipeline, caption: str, pyramid: Pyramid | None, calls: int, options: dict[str, Any]
-) -> tuple[Tensor, Report]:
-    """pipeline.generate behind a progress bar."""
-    label = "with broadcast" if pyramid else "without broadcast"
-    hidden = {"disable": True} if rank() else {}
-    with tqdm(total=calls, desc=label, bar_format=BAR, dynamic_ncols=True, leave=False, **hidden) as bar:
-
-        def advance(step: Step) -> None:
-            acts, held = step.call.acts, f"{readable(step.cache_bytes, 1024)}B"
-            bar.set_postfix_str(f"reused {acts.count(Act.REUSE)} of {len(acts)}, {held} held", refresh=False)
-            bar.update()
-
-        return pipeline.generate(pipe, caption, pyramid=pyramid, on_step=advance, **options)
-
-
-def compared(plain: Tensor, before: Report, video: Tensor, report: Report) -> str:
-    """How a run with broadcast differs from the one before it without."""
-    faster = before.seconds / report.seconds
-    text = f"\nwithout     {before.seconds:.1f} s: broadcast is {faster:.2f}x as fast"
-    text += f"\nlikeness    PSNR {metrics.psnr(plain, video):.2f} dB"
-    if min(video.shape[1:3]) >= metrics.WINDOW:
-        text += f", SSIM {metrics.ssim(plain, video):.4f}"
-    return text
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -459,10 +411,6 @@ def convert(args: argparse.Namespace) -> None:
     verb = "would write" if args.dry_run else "wrote and verified" if args.verify else "wrote"
     for name, size in job.files.items():
         print(f"{verb} {Path(args.out) / name}, {readable(size, 1000)}B")
-
-
-def clip(run: Sampling) -> str:
-    return f"{run.frames} frame{'s' * (run.frames > 1)} of {run.height}x{run.width}"
 
 
 def memory() -> float:

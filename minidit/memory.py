@@ -7,20 +7,36 @@ it. An allocator that keeps pieces in reserve takes more.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidit.config import ModelConfig
 from minidit.model import DiT
+from minidit.offload import layers
+from minidit.parallel import Shares
 from minidit.text import CONFIG, layout_of
 from minidit.tiling import Fused, Held
 
 
-def of_text(folder: Path, *, captions: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes of encoding captions with a folder's T5."""
+class Alone(Shares):
+    """The shares of one of several ranks, without the others: on the meta device there is nothing to trade."""
+
+    def _trade(self, packed: Tensor, blocks: Sequence[Tensor], sizes: list[int]) -> Tensor:
+        return packed.new_empty(sum(sizes))
+
+    def gather(self, x: Tensor) -> Tensor:
+        sent = x.repeat(self.ranks, 1, 1, 1)
+        return sent.new_empty(len(x), sum(self.frames), sum(self.places), x.shape[3])
+
+
+def of_text(folder: Path, *, captions: int, length: int, dtype: torch.dtype, offload: bool = False) -> int:
+    """Bytes of encoding captions with a folder's T5. offload: see offload.py."""
     transformers = import_module("transformers")
     config = json.loads((folder / layout_of(folder)[0] / CONFIG).read_text())
     with torch.device("meta"):
@@ -28,13 +44,40 @@ def of_text(folder: Path, *, captions: int, length: int, dtype: torch.dtype) -> 
         tokens = torch.zeros(captions, length, dtype=torch.long)
         with _held(encoder) as held:
             encoder(input_ids=tokens)
-    return held.peak
+    return held.peak - (_at_home(encoder.encoder.block) if offload else 0)
 
 
 def of_model(
-    config: ModelConfig, dtype: torch.dtype, *, latent: tuple[int, int, int], batch: int, cache_bytes: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    latent: tuple[int, int, int],
+    batch: int,
+    cache_bytes: int,
+    offload: bool = False,
+    shares: Shares | None = None,
 ) -> int:
-    """Bytes of a run. batch: samples in one model call; cache_bytes: held by the run's cache at most."""
+    """Bytes of a run. batch: samples in one model call; cache_bytes: held by the run's cache at most.
+
+    offload: see offload.py. shares: what this rank has of the tokens, None: all.
+    """
+    whole = partial(_of_model, dtype=dtype, latent=latent, batch=batch, offload=offload, shares=shares)
+    if config.depth <= 3:
+        return whole(config) + cache_bytes
+    # every further layer holds as much as the third, and a run of 28 takes seconds also on the meta device
+    two, three = (whole(replace(config, depth=depth)) for depth in (2, 3))
+    return two + (config.depth - 2) * (three - two) + cache_bytes
+
+
+def _of_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    latent: tuple[int, int, int],
+    batch: int,
+    offload: bool,
+    shares: Shares | None,
+) -> int:
     with torch.device("meta"):
         model = DiT(config).to(dtype).requires_grad_(False)
         shape = (batch, config.caption_length, config.caption_dim) if config.caption_dim else (batch,)
@@ -43,12 +86,19 @@ def of_model(
     told = text if config.caption_dim or config.classes is not None else None
     run = config.sampling
     with torch.enable_grad(), Fused(), _held(model) as held:  # without, it would read its weights for bounds
-        cond = model.prepare(told, None, latent=latent, height=run.height, width=run.width, fps=fps)
+        cond = model.prepare(told, None, latent=latent, height=run.height, width=run.width, fps=fps, shares=shares)
         model(z, 500.0, cond).float()
-    return held.peak + cache_bytes
+    return held.peak - (_at_home(layers(model)) if offload else 0)
+
+
+def _at_home(units: Iterable[nn.Module]) -> int:
+    """Bytes of weights that are not on the device, of layers of which two are there at a time."""
+    sizes = sorted(map(weights, units))
+    return sum(sizes[:-2])
 
 
 def weights(module: nn.Module) -> int:
+    """Bytes."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 

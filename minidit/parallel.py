@@ -289,6 +289,11 @@ def started(device: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def rank() -> int:
+    """Of this process among all that torchrun started; 0 if it did not."""
+    return int(os.environ.get("RANK", 0))
+
+
 def lost(error: RuntimeError) -> bool:
     """Whether it says that another rank is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minidit import checkpoint, memory, samplers, sampling
+from minidit import checkpoint, samplers, sampling
 from minidit.broadcast import PAB_246, PARTS, RECIPES, Act, Plan, Pyramid, plan
 from minidit.config import ModelConfig
 from minidit.cost import Cost, cost
-from minidit.decoders import Decoder
+from minidit.jobs import numbered
 from minidit.model import DiT
 from minidit.parallel import ALONE, Layout
 from minidit.samplers import Noise, Sampler
@@ -160,6 +159,7 @@ class Pipeline:
     decoder: Decodes
     device: torch.device
     rest: torch.device
+    offload: bool = False  # of model and text encoder, a layer is on the device only while it runs
 
     @cached_property
     def model(self) -> DiT:
@@ -189,17 +189,21 @@ class Pipeline:
         vae: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        offload: bool = False,
     ) -> Pipeline:
         """Of a folder with a model, in it or in its model/; of a published one text_encoder/, tokenizer/ and vae/, too.
 
-        text: instead, a folder of a T5 or org/name on the hub. vae: instead, a decoder's folder. dtype None: float32 on
-        a CPU, else as the original runs. Reads the configs and the decoder. Raises OSError, ValueError or ImportError,
-        saying what is missing or does not fit.
+        text: instead, a folder of a T5 or org/name on the hub. vae: instead, a decoder's folder, or org/name or
+        org/name/folder on the hub. dtype None: float32 on a CPU, else as the original runs. offload: for small GPUs,
+        the same video, slower, see offload.py. Reads the configs and the decoder. Raises OSError, ValueError or
+        ImportError, saying what is missing or does not fit.
         """
         folder, device = checkpoint.folder_of(folder), torch.device(device)
         at = model_folder(folder)
         config = checkpoint.load_config(at)
         if config.captions:
+            if offload:
+                raise ValueError(f"the model of {folder} is small, and all on the device at once: leave offload out")
             return cls.of(checkpoint.load(at, device=device, dtype=dtype))
         on_cpu = device.type == "cpu"
         dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16 if config.rounds_time else torch.float16)
@@ -222,7 +226,7 @@ class Pipeline:
                 "give the decoder of its family"
             )
         cpu = torch.device("cpu")
-        return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, cpu)
+        return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, cpu, offload)
 
     def schedule(self, config: ModelConfig) -> tuple[Sampler, tuple[int, int, int]]:
         """See `schedule`. Raises ValueError for a video that the model cannot make or the decoder cannot decode."""
@@ -233,74 +237,6 @@ class Pipeline:
             raise ValueError(f"{frames} frames are {latent[0]} latents to the model, but {made} to the decoder")
         return sampler, latent
 
-    def peaks(
-        self, config: ModelConfig, pyramid: Pyramid | None, *, captions: int = 1, two_calls: bool = False
-    ) -> dict[str, int]:
-        """Bytes that each stage will hold at most, weights among them, of what the embedded model does not do itself.
-
-        Of a T5 that is still on the hub, nothing is known yet. The decoder's are of whole frames, see Decoder.fit.
-        """
-        _, latent = self.schedule(config)
-        halves = 1 if two_calls or config.sampling.guidance == 1 else 2
-        held = predict(config, self.dtype, pyramid, captions=captions).peak_bytes
-        peaks = {}
-        if isinstance(self.text, Prompts) and Path(self.text.source).is_dir():
-            source, length = Path(self.text.source), self.text.length
-            peaks["text"] = memory.of_text(source, captions=captions, length=length, dtype=self.text.dtype)
-        batch = captions * halves
-        peaks["model"] = memory.of_model(config, self.dtype, latent=latent, batch=batch, cache_bytes=held)
-        if isinstance(self.decoder, Decoder):
-            peaks["decoder"] = memory.weights(self.decoder) + self.decoder.peak_bytes(latent)
-        return peaks
-
-    def fit(
-        self,
-        config: ModelConfig,
-        pyramid: Pyramid | None,
-        free: float,
-        *,
-        captions: int = 1,
-        two_calls: bool = False,
-        decoding: float | None = None,
-    ) -> tuple[dict[str, int], Tile | None]:
-        """The peaks of a run that holds at most so many bytes at a time, and the tile to decode with.
-
-        decoding: bytes for the decoder beside its weights, None: what its weights leave of free. Raises ValueError for
-        what cannot be, with the frames that can.
-        """
-        peaks, tile = self.peaks(config, pyramid, captions=captions, two_calls=two_calls), None
-        if peaks.get("text", 0) > free:
-            raise ValueError(
-                f"the text encoder takes {_bytes(peaks['text'])}, free are {_bytes(free)}: use --device cpu"
-            )
-        if isinstance(self.decoder, Decoder):
-            bytes = memory.weights(self.decoder)
-            _, latent = self.schedule(config)
-            tile = self.decoder.fit(latent, int(free - bytes if decoding is None else decoding))
-            peaks["decoder"] = bytes + self.decoder.peak_bytes(latent, tile=tile)
-        if peaks["model"] > free:
-            kept = predict(config, self.dtype, pyramid, captions=captions).peak_bytes
-
-            def fits(frames: int) -> bool:
-                fewer = asked(config, frames=frames)
-                return self.peaks(fewer, pyramid, captions=captions, two_calls=two_calls)["model"] <= free
-
-            some = [n for n in range(1, config.sampling.frames) if self._makes(asked(config, frames=n))]
-            most = bisect(some, False, key=lambda n: not fits(n))
-            fitting = f"{some[most - 1]} frames of this size would fit" if most else "not one frame of this size would"
-            raise ValueError(
-                f"the model takes {_bytes(peaks['model'])}, of which {_bytes(kept)} are kept by broadcast, free are "
-                f"{_bytes(free)}: {fitting}"
-            )
-        return peaks, tile
-
-    def _makes(self, config: ModelConfig) -> bool:
-        try:
-            self.schedule(config)
-        except ValueError:
-            return False
-        return True
-
 
 def model_folder(folder: str | Path) -> Path:
     """Of a pipeline's folder, or of a name of an embedded model."""
@@ -308,13 +244,14 @@ def model_folder(folder: str | Path) -> Path:
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
-def _bytes(size: float) -> str:
-    return f"{readable(size, 1024)}B"
+def whole(frames: Iterator[Tensor]) -> Tensor:
+    """A video (T, H, W, 3) of its parts (t, H, W, 3)."""
+    return torch.cat([*frames])
 
 
 def generate(
     model: DiT | Pipeline,
-    captions: str | Sequence[str],
+    captions: str | Path | Sequence[str],
     *,
     pyramid: Pyramid | Literal["paper"] | None = "paper",
     seed: int = 0,
@@ -328,22 +265,28 @@ def generate(
     tile: Tile | None = None,
     layout: Layout = ALONE,
     on_step: Callable[[sampling.Step], None] | None = None,
-) -> tuple[Tensor, Report]:
+    into: Callable[[Iterator[Tensor]], Any] = whole,
+) -> tuple[Any, Report]:
     """A video for every caption: (B, T, H, W, 3) uint8, or (T, H, W, 3) for one caption; and what it cost.
 
-    model: a Pipeline, or a DiT that is one by itself. pyramid: "paper" is the paper's recipe for its family. negative:
-    what the videos are guided away from. What is None is as the model was trained. Video i of a batch starts from the
-    noise of seed + i, the same on every device and in every batch. tile: see Decoder.chunks. layout: the ranks that
-    make the videos together, each of which gets all of them. Raises ValueError for captions the model does not know
-    and sizes it cannot have.
+    model: a Pipeline, or a DiT that is one by itself. captions: one, several, or the Path of a file with one a line.
+    pyramid: "paper" is the paper's recipe for its family. negative: what the videos are guided away from. What is None
+    is as the model was trained. Video i of a batch, or of a file's line i, starts from the noise of seed + i, the same
+    on every device and in every batch. tile: see Decoder.chunks. layout: the ranks that make the videos together, each
+    of which gets all of them. Raises ValueError for captions the model does not know and sizes it cannot have.
+
+    into: is handed each video as it is decoded, in parts (t, H, W, 3) that it need not keep, and what it returns stands
+    for the video: partial(save_video, path="long.mp4", fps=24) holds one part at a time. Of several captions
+    it is a list of that. The decoder is let go when it returns or raises, whether it took all parts or not.
     """
     pipe = model if isinstance(model, Pipeline) else Pipeline.of(model)
-    batch = [captions] if isinstance(captions, str) else list(captions)
+    named = numbered(captions)
+    batch = [*named.values()]
     pipe.text.check(batch, negative)
     config = asked(pipe.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
     run, (sampler, latent) = config.sampling, pipe.schedule(config)
     pyramid = RECIPES[recipe(config)] if pyramid == "paper" else pyramid
-    start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.rest)
+    start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.rest, pipe.offload)
 
     def watch(step: sampling.Step) -> None:
         nonlocal peak
@@ -356,7 +299,7 @@ def generate(
     text, lengths, null = told
     longest = None if lengths is None else int(lengths.max())
     expected = predict(config, pipe.dtype, pyramid, captions=len(batch), caption_length=longest)
-    draw = draws([seed + i for i in range(len(batch))])
+    draw = draws([seed + i for i in named])
     with stages.on("model", pipe.model) as dit:
         z = sampling.sample(
             dit,
@@ -376,9 +319,11 @@ def generate(
             on_step=watch,
         )
     with stages.on("decoder", pipe.decoder) as decoder:
-        videos = torch.stack([torch.cat([*decoder.chunks(latents, run.frames, tile=tile)]) for latents in z])
+        videos = [into(decoder.chunks(latents, run.frames, tile=tile)) for latents in z]
     report = Report(expected.plan, expected.cost, peak, time.perf_counter() - start, stages.peaks)
-    return (videos[0] if isinstance(captions, str) else videos), report
+    if isinstance(captions, str):
+        return videos[0], report
+    return (torch.stack(videos) if into is whole else videos), report
 
 
 def _as(features: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from minidit.caption import CaptionEncoder
 from minidit.config import ModelConfig
+from minidit.model import DiT
+from minidit.offload import layers, offloaded
 from minidit.text import T5Text, TextRules, label, layout_of
 from minidit.tiling import Tile
 
@@ -54,14 +56,16 @@ class Words:
     encoder: CaptionEncoder
 
     def check(self, captions: Sequence[str], negative: str | None) -> None:
-        if negative is not None:
-            raise ValueError("this model has learned one null caption and no words for others: give no negative prompt")
-        self.encoder.tokenize(captions)
+        self._tokens(captions, negative)
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str], negative: str | None) -> Told:
-        self.check(captions, negative)
-        return Told(*self.encoder(self.encoder.tokenize(captions).to(self.encoder.places.device)))
+        return Told(*self.encoder(self._tokens(captions, negative).to(self.encoder.places.device)))
+
+    def _tokens(self, captions: Sequence[str], negative: str | None) -> Tensor:
+        if negative is not None:
+            raise ValueError("this model has learned one null caption and no words for others: give no negative prompt")
+        return self.encoder.tokenize(captions)
 
     def to(self, device: torch.device) -> Any:
         self.encoder.to(device)
@@ -133,12 +137,14 @@ class Pixels:
         return frames
 
     def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]:
-        yield ((latents + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
+        for part in latents.split(PIECE, 1):
+            yield ((part + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
 
     def to(self, device: torch.device) -> Any:
         pass
 
 
+PIECE = 16  # frames of Pixels at a time
 T5, VAES = "text_encoder", ("vae_temporal_decoder", "vae")  # of Latte T2V there are both, and the original takes one
 
 
@@ -155,7 +161,9 @@ def vae_folder(folder: Path) -> Path:
     for name in VAES:
         if (folder / name).is_dir():
             return folder / name
-    raise FileNotFoundError(f"{folder} has no vae/: put the decoder's folder there, or name it with --vae")
+    raise FileNotFoundError(
+        f"{folder} has no vae/: put the decoder's folder there, or name it or org/name on the hub with --vae"
+    )
 
 
 Part = TypeVar("Part")
@@ -167,6 +175,7 @@ class Stages:
 
     device: torch.device
     rest: torch.device
+    offload: bool = False  # see offload.py
     peaks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -176,10 +185,24 @@ class Stages:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            part.to(self.device)  # type: ignore[attr-defined]
-            yield part
+            with self._there(part):
+                yield part
         finally:
-            part.to(self.rest)  # type: ignore[attr-defined]
             if gpu:
                 self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def _there(self, part: Any) -> Iterator[None]:
+        if self.offload and isinstance(part, DiT):
+            with offloaded(part, layers(part), self.device, self.rest):
+                yield
+        elif self.offload and isinstance(part, Prompts):
+            with offloaded(part.t5.encoder, part.t5.encoder.encoder.block, self.device, self.rest):
+                yield
+        else:
+            try:
+                part.to(self.device)
+                yield
+            finally:
+                part.to(self.rest)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minidit.config import ModelConfig
 from minidit.presets import PRESETS
+from minidit.weights.source import fetch, on_hub
 
 # cleaning, as of the captions that the models were trained with
 
@@ -300,20 +301,20 @@ def layout_of(folder: Path) -> tuple[str, str]:
 
 def _fetched(source: str) -> Path:
     """The folder of the hub's cache with what `load` needs of the repository, weights as safetensors if it has them."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+    name = on_hub(source)
+    if name is None or name.inside:
         raise FileNotFoundError(f"{source} does not exist: expected a folder with a T5, or org/name on the hub")
-    hub = _package("huggingface_hub")
+    small = [part for encoder, words in LAYOUTS for part in (encoder + CONFIG, words + WORDS)]
+    folder = fetch(source, name.repository, small)
     try:
-        small = [name for encoder, words in LAYOUTS for name in (encoder + CONFIG, words + WORDS)]
-        at, _ = layout_of(folder := Path(hub.snapshot_download(source, allow_patterns=small)))
-        for names in (("model.safetensors*", "model-*.safetensors"), ("pytorch_model*.bin*",)):
-            hub.snapshot_download(source, allow_patterns=[at + name for name in names])
-            if any(path for name in names for path in folder.glob(at + name)):
-                break
-        return folder
-    except Exception as error:  # a connection can fail in any way, as an error of httpx, which is no OSError, too
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileNotFoundError(f"{source} does not exist, and could not be had from the hub: {reason}") from error
+        at, _ = layout_of(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source} on the hub: {error}") from error
+    for names in (("model.safetensors*", "model-*.safetensors"), ("pytorch_model*.bin*",)):
+        fetch(source, name.repository, [at + part for part in names])
+        if any(path for part in names for path in folder.glob(at + part)):
+            break
+    return folder
 
 
 def _package(name: str) -> Any:

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +209,41 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(model, folder, 
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     save(other, folder)
     assert equal(load(folder), other)
+
+
+@contextmanager
+def killed(monkeypatch, moves):
+    """What replaces files ends after so many of them."""
+    replace_file, done = os.replace, []
+
+    def replace_or_end(*names):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(names)
+        replace_file(*names)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace_or_end)
+        yield
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3])
+def test_a_save_killed_between_its_files_is_refused_and_not_half_the_old_model(model, tmp_path, monkeypatch, moves):
+    save(model, tmp_path, limit=2000)
+    with killed(monkeypatch, moves):
+        save(model, tmp_path, limit=2000)
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        load(tmp_path)
+    save(model, tmp_path)
+    assert equal(load(tmp_path), model)
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_save_of_one_file_that_is_killed_leaves_the_old_model_or_the_new_one(model, folder, monkeypatch, moves):
+    other = DiT(CONFIG)
+    with killed(monkeypatch, moves):
+        save(other, folder)
+    assert equal(load(folder), other if moves else model)
 
 
 def test_numbers_that_float16_cannot_hold_are_refused_and_not_saved_as_infinite(model, tmp_path):

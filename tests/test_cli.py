@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 
 import convert_weights
 from families import FAMILIES
-from minidit import checkpoint, cli, pipeline, tensors
+from minidit import checkpoint, cli, making, pipeline, tensors
 from minidit.broadcast import PAB_246, RECIPES, Act, Plan, Pyramid
 from minidit.config import CaptionConfig, Method, Sampling
 from minidit.model import DiT
@@ -148,7 +149,7 @@ def test_the_summary_is_the_prediction_and_the_time(generate):
 
 
 def test_the_bar_says_what_each_call_reused_and_held(models, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "tqdm", partial(cli.tqdm, mininterval=0))
+    monkeypatch.setattr(making, "tqdm", partial(making.tqdm, mininterval=0))
     cli.main(["generate", CAPTION, "--model", str(models / "small"), "--device", "cpu"])
     err = capsys.readouterr().err
     bars = re.findall(
@@ -333,7 +334,7 @@ def test_a_full_disk_is_one_line(monkeypatch, generate):
     def save(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "video.mp4")
 
-    monkeypatch.setattr(cli, "save_video", save)
+    monkeypatch.setattr(making, "save_video", save)
     assert generate() == (2, "", ["minidit: video.mp4: No space left on device"])
 
 
@@ -556,6 +557,17 @@ def test_ctrl_c_in_a_conversion_leaves_nothing(monkeypatch, capsys, place, publi
     assert sorted(place.iterdir()) == before
 
 
+def test_a_conversion_that_is_terminated_leaves_nothing(monkeypatch, capsys, place, published):
+    monkeypatch.setattr(tensors, "cast", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before, handler = sorted(place.iterdir()), signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["convert", *published]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert capsys.readouterr().err.endswith("minidit: interrupted, nothing was written\n")
+    assert sorted(place.iterdir()) == before
+
+
 def test_captions_of_a_file_become_videos_in_a_folder_but_those_that_are_there(models, place, capsys):
     (place / "captions").write_text("a red circle moves\n\n a circle\n")
     command = ["generate", "--prompts", "captions", "--out", "videos", "--kind", "gif"]
@@ -566,6 +578,31 @@ def test_captions_of_a_file_become_videos_in_a_folder_but_those_that_are_there(m
     assert "0000.gif" in out and out.endswith("2 videos made in videos, of which 2 here\n")
     assert cli.main(command) == 0
     assert capsys.readouterr().out == "0 videos made in videos, of which 0 here\n"
+
+
+def test_a_file_of_captions_that_is_interrupted_is_taken_up_with_the_same_videos(models, place, capsys, monkeypatch):
+    (place / "captions").write_text("a red circle moves\na circle\n\na red circle\n")
+
+    def run(folder):
+        command = ["generate", "--prompts", "captions", "--out", folder, "--kind", "webp", "--seed", "4"]
+        return cli.main([*command, "--model", str(models / "small")]), sorted(os.listdir(folder))
+
+    with monkeypatch.context() as patch:
+        saved = making.save_video
+
+        def save(frames, path, **options):
+            if path.name == "0001.webp":
+                next(frames)
+                raise KeyboardInterrupt
+            return saved(frames, path, **options)
+
+        patch.setattr(making, "save_video", save)
+        assert run("videos") == (130, ["0000.webp"])
+    said = "interrupted, 1 of 3 videos made in videos: the same command makes the others"
+    assert capsys.readouterr().err.endswith(f"minidit: {said}\n")
+    assert run("videos") == run("others") == (0, ["0000.webp", "0001.webp", "0003.webp"])
+    for path in (place / "videos").iterdir():
+        assert path.read_bytes() == (place / "others" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import diffusers
@@ -12,16 +14,19 @@ from transformers import T5Config, T5EncoderModel
 import minidit
 import test_decoders as made
 from families import FAMILIES
-from minidit import checkpoint, cli, pipeline, sampling
+from minidit import checkpoint, cli, fitting, pipeline, sampling
 from minidit.broadcast import RECIPES
 from minidit.decoders import Decoder
+from minidit.fitting import Run, fit
 from minidit.pipeline import Pipeline, draws, recipe
 from minidit.presets import PRESETS
+from minidit.stages import Pixels
 from minidit.text import T5Text, rules_of
 from minidit.tiling import Tile
-from minidit.video import load_video
+from minidit.video import load_video, save_video
 from minidit.weights import decoders
 from minidit.weights.decoders import load_decoder
+from test_cli import SMALL
 from test_opensora_vae import TINY as OPENSORA_VAE
 from test_plan_vae import TINY as PLAN_VAE
 from test_text import spiece  # noqa: F401, a fixture
@@ -151,6 +156,71 @@ def test_a_seed_makes_the_same_frames_twice_alone_and_in_a_batch(published, name
     assert not torch.equal(both[0], both[1])
 
 
+@pytest.fixture
+def pieces(monkeypatch):
+    """The parts of videos, as they are decoded and as they are written, that somebody holds."""
+    alive, chunks, upscale = weakref.WeakSet(), Pixels.chunks, minidit.video.upscale
+
+    def watched(piece):
+        alive.add(piece)
+        alive.most = max(alive.most, len(alive))
+        return piece
+
+    alive.most = 0
+    monkeypatch.setattr(Pixels, "chunks", lambda *args, **options: map(watched, chunks(*args, **options)))
+    monkeypatch.setattr("minidit.video.upscale", lambda *args: watched(upscale(*args)))
+    return alive
+
+
+def test_a_long_video_goes_to_its_file_in_parts_that_nobody_keeps(pieces, tmp_path):
+    torch.manual_seed(0)
+    model = minidit.DiT(SMALL)
+
+    def made(frames, name):
+        path = tmp_path / name
+        saved, _ = minidit.generate(
+            model, "a circle", steps=1, frames=frames, into=lambda parts: save_video(parts, path, fps=8)
+        )
+        assert saved == path and len(load_video(path)) == frames
+        most, pieces.most = pieces.most, 0
+        return most
+
+    assert made(48, "three.mp4") == made(160, "ten.mp4") <= 4
+    assert made(160, "ten.gif") >= 10  # a palette is chosen of all frames
+    assert not pieces
+
+
+def test_what_is_made_of_the_parts_stands_for_the_video(pieces):
+    torch.manual_seed(0)
+    model, asked = minidit.DiT(SMALL), {"steps": 1, "frames": 33}
+    videos, _ = minidit.generate(model, ["a circle", "a red circle"], **asked)
+    assert videos.shape == (2, 33, 16, 16, 3)
+    parts, _ = minidit.generate(model, ["a circle", "a red circle"], **asked, into=list)
+    assert [[len(part) for part in video] for video in parts] == [[16, 16, 1]] * 2
+    assert all(torch.equal(torch.cat(own), video) for own, video in zip(parts, videos, strict=True))
+
+
+@pytest.mark.parametrize("how", ["stops", "fails", "is interrupted"])
+def test_the_decoder_is_let_go_when_what_takes_the_video(published, tmp_path, how):
+    pipe, places = Pipeline.load(published / "opensora-1.1"), []
+    pipe.decoder.to = lambda device: places.append(device is pipe.rest)
+    error = {"fails": OSError(28, "no space"), "is interrupted": KeyboardInterrupt()}.get(how)
+    (tmp_path / "a.mp4").write_bytes(b"of yesterday")
+
+    def parts(frames):
+        yield next(frames)
+        if error:
+            raise error
+
+    def into(frames):
+        return save_video(parts(frames), tmp_path / "a.mp4", fps=8)
+
+    with pytest.raises(type(error)) if error else nullcontext():
+        minidit.generate(pipe, "a fox", into=into, **asked("opensora-1.1"))
+    assert places == [False, True] and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert ((tmp_path / "a.mp4").read_bytes() == b"of yesterday") == bool(error)
+
+
 def test_noise_of_a_step_is_each_seeds_own():
     z, draw = torch.empty(2, 3, 1, 2, 2), draws([7, 8])
     first, second = draw(z), draw(z)
@@ -188,15 +258,14 @@ def test_the_decoder_takes_tiles_where_memory_is_short(published, monkeypatch, t
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_loaded_with_what_would(published):
     pipe = Pipeline.load(published / "opensora-1.2")
     config = pipeline.asked(pipe.config, frames=34, height=64, width=64)
-    peaks, tile = pipe.fit(config, None, 2**40)
+    run = Run(config=config, pyramid=None)
+    peaks, tile = fit(pipe, run, 2**40)
     assert tile is None and list(peaks) == ["text", "model", "decoder"] and min(peaks.values()) > 0
-    fewer = pipe.peaks(replace(config, sampling=replace(config.sampling, frames=21)), None)["model"]
-    with pytest.raises(ValueError, match=r"the model takes .* free are .*: 21 frames of this size would fit"):
-        pipe.fit(config, None, fewer, decoding=2**40)
-    with pytest.raises(ValueError, match="not one frame of this size would"):
-        pipe.fit(config, None, peaks["text"], decoding=2**40)
-    with pytest.raises(ValueError, match="the text encoder takes"):
-        pipe.fit(config, None, 1000)
+    fewer = fitting.peaks(pipe, replace(run, config=pipeline.asked(config, frames=21)))["model"]
+    with pytest.raises(ValueError, match=r"the model takes .* free are .*: --frames 21, --size .* would fit"):
+        fit(pipe, run, fewer, decoding=2**40)
+    with pytest.raises(ValueError, match="the text encoder takes .*: use --device cpu"):
+        fit(pipe, run, 1000)
     assert not {"model", "t5"} & {*vars(pipe), *vars(pipe.text)}
 
 
@@ -267,7 +336,7 @@ def refused(published, tmp_path, monkeypatch, capsys):
     [
         ("text_encoder", "no text_encoder/: put a T5 there, or name its folder or org/name on the hub with --text"),
         ("tokenizer", "holds no T5: expected text_encoder/config.json and tokenizer/spiece.model"),
-        ("vae", "has no vae/: put the decoder's folder there, or name it with --vae"),
+        ("vae", "has no vae/: put the decoder's folder there, or name it or org/name on the hub with --vae"),
         ("vae/config.json", "config.json does not exist: it is published beside the weights"),
         ("config.json", "config.json does not exist: give a folder with config.json and model.safetensors"),
         ("model.safetensors", "model.safetensors does not exist"),

@@ -284,7 +284,7 @@ def test_from_the_hub_is_fetched_what_is_needed(layout, request, tmp_path, monke
         (tmp_path / "repository" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "repository" / name).write_text("")
 
-    def snapshot_download(repository, *, allow_patterns):
+    def snapshot_download(repository, *, allow_patterns, ignore_patterns):
         assert repository == "org/t5"
         for path in (tmp_path / "repository").rglob("*"):
             name = path.relative_to(tmp_path / "repository").as_posix()
@@ -301,7 +301,7 @@ def test_from_the_hub_is_fetched_what_is_needed(layout, request, tmp_path, monke
 
 
 def test_what_the_hub_does_not_give_is_told_of(monkeypatch):
-    def snapshot_download(repository, *, allow_patterns):
+    def snapshot_download(repository, *, allow_patterns, ignore_patterns):
         raise RuntimeError("no\nconnection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

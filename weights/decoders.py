@@ -24,6 +24,7 @@ from minidit.plan_vae import CausalVAE, CausalVAEConfig
 from minidit.tensors import INDEX, SAFE
 from minidit.weights.plan_vae import causal_vae, loss
 from minidit.weights.rules import DROPPED, Rule, apply
+from minidit.weights.source import fetch, on_hub
 from minidit.weights.vae import OLD_ATTENTION, has_old_attention, opensora_vae
 
 Shape = VAEConfig | CausalVAEConfig
@@ -62,11 +63,17 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a published folder, in eval mode. dtype None: float32 on a CPU, else bfloat16.
 
+    folder: here, or org/name or org/name/folder on the hub, of which what is needed is fetched if it is not there yet.
     shape: of an Open-Sora 1.2 or Open-Sora-Plan VAE that is not as published. Raises OSError, ValueError or
     ImportError, saying what is missing or does not fit.
     """
-    folder, device = Path(folder), torch.device(device)
-    path, config = _weights(folder), _config(folder / CONFIG)
+    source, folder, device = str(folder), _here(str(folder)), torch.device(device)
+    try:
+        path, config = _weights(folder), _config(folder / CONFIG)
+    except (OSError, ValueError) as error:
+        if Path(source) == folder:
+            raise
+        raise ValueError(f"{source} on the hub: {error}; a folder in it is named as org/name/FOLDER") from error
     stored = tensors.read(path, device=device)
     kind = _kind(folder, config, stored.meta)
     with torch.device("meta"):
@@ -87,9 +94,25 @@ def load_decoder(
     return decoder.eval().requires_grad_(False)
 
 
+def _here(source: str) -> Path:
+    """The folder, or that of the hub's cache with a decoder's config and weights, of which pickled ones come last."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not (name := on_hub(source)):
+        expected = f"one with {CONFIG} and {FILES[0]}, or org/name or org/name/folder on the hub"
+        raise FileNotFoundError(f"{source} is no folder: give {expected}")
+    at = f"{name.inside.strip('/')}/" if name.inside else ""
+    parts = [f"{stem}-*{SAFE}" for stem in STEMS]
+    for wanted in ((CONFIG, *FILES[:-1], *parts), FILES[-1:]):
+        folder = fetch(source, name.repository, [at + file for file in wanted]) / at
+        if any((folder / file).is_file() for file in FILES):
+            break
+    return folder
+
+
 def _weights(folder: Path) -> Path:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give one with {CONFIG} and {FILES[0]}")
+        raise FileNotFoundError(f"{folder} does not exist")
     there = [folder / name for name in FILES if (folder / name).is_file()]
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if not there and pickled:

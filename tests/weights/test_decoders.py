@@ -12,7 +12,7 @@ from families import GOLDENS, error
 from minidit.decoders import Causal, Frames, OpenSora, TemporalDecoder
 from minidit.opensora_vae import OPENSORA_VAE_12
 from minidit.plan_vae import PLAN_1_0, PLAN_1_1, CausalVAE
-from minidit.weights.decoders import causal_config, load_decoder
+from minidit.weights.decoders import _here, causal_config, load_decoder
 from minidit.weights.plan_vae import causal_vae
 from minidit.weights.rules import invert
 from test_opensora_vae import TINY as OPENSORA
@@ -288,3 +288,70 @@ def test_the_decoder_of_open_sora_is_of_its_published_shape_by_itself(tmp_path):
     with pytest.raises(ValueError, match="does not fit the VideoAutoencoderPipeline of config.json, tensors are wrong"):
         load_decoder(path)
     assert isinstance(load_decoder(path, shape=OPENSORA), OpenSora)
+
+
+# on the hub
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A repository org/vaes in the hub's cache, as the hub lays it out, without a network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    home = tmp_path / "hub" / "models--org--vaes"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc123")
+    (home / "snapshots").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (home / "snapshots" / "abc123").mkdir()
+    return home / "snapshots" / "abc123"
+
+
+@pytest.mark.parametrize("inside", ["", "/vae_temporal_decoder", "/some/vae/"])
+def test_a_name_on_the_hub_is_the_folder_in_its_cache_without_a_network(cache, inside):
+    shape = {"block_out_channels": (32,) * 4, "latent_channels": 4, "layers_per_block": 1}
+    vae = diffusers.AutoencoderKLTemporalDecoder(**shape, down_block_types=("DownEncoderBlock2D",) * 4)
+    vae.save_pretrained(cache / inside.strip("/"))
+    found, here = load_decoder(f"org/vaes{inside}"), load_decoder(cache / inside.strip("/"))
+    assert isinstance(found, TemporalDecoder)
+    assert all(map(torch.equal, found.parameters(), here.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("org/gone", "org/gone does not exist, and could not be had from the hub: "),
+        ("org/vaes/gone", "org/vaes/gone on the hub: .*gone does not exist; a folder in it is named as org/name/"),
+        ("org/vaes", "org/vaes on the hub: .* holds no weights of a decoder: expected one of .*; a folder in it"),
+        ("org", "org is no folder: give one with config.json and .*, or org/name or org/name/folder on the hub"),
+        ("./org/vaes", "./org/vaes is no folder"),
+    ],
+)
+def test_what_is_not_in_the_cache_is_one_line(cache, name, said):
+    with pytest.raises((OSError, ValueError), match=said) as error:
+        load_decoder(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("weights", [SAFE, "diffusion_pytorch_model.safetensors.index.json", "checkpoint.ckpt"])
+def test_from_the_hub_comes_what_is_needed_and_pickled_weights_where_there_are_no_others(
+    tmp_path, monkeypatch, weights
+):
+    chosen = pytest.importorskip("huggingface_hub.utils").filter_repo_objects
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)] * weights.endswith(".json")
+    names = ["README.md", "model.bin", *(f"vae/{name}" for name in ("config.json", weights, "a.bin", *shards))]
+    names += ["vae/checkpoint.ckpt"] * (weights != "checkpoint.ckpt")
+    fetched = []
+
+    def snapshot_download(repository, *, allow_patterns, ignore_patterns):
+        assert repository == "org/name"
+        for name in chosen(names, allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+            fetched.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert _here("org/name/vae") == tmp_path / "vae"
+    assert sorted(fetched) == sorted(f"vae/{name}" for name in ("config.json", weights, *shards))

@@ -1,0 +1,95 @@
+"""What is refused for its memory is told what would fit; here whatever is told is tried."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from families import FAMILIES
+from minidit import cli, memory
+from minidit.broadcast import PAB_246
+from minidit.fitting import Run, fit, model, peaks
+from minidit.parallel import shares
+from minidit.pipeline import Pipeline, asked, schedule
+from minidit.stages import Classes, Pixels
+
+CPU = torch.device("cpu")
+FAMILY = next(family for family in FAMILIES if family.preset == "opensora-1.1")
+BASE = replace(FAMILY.config, dim=192, heads=4, depth=2, caption_length=8)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline(BASE, torch.float32, Classes(BASE), lambda: pytest.fail("a model was loaded"), Pixels(), CPU, CPU)
+
+
+@pytest.fixture
+def run():
+    return Run(config=asked(BASE, frames=8, height=128, width=192, steps=9), pyramid=PAB_246)
+
+
+def changed(run, option):
+    """The run that an option of the message asks for."""
+    name, _, value = option.rpartition(" ") if option[-1].isdecimal() else ("", "", option)
+    match name or value:
+        case "--frames":
+            return replace(run, config=asked(run.config, frames=int(value)))
+        case "--size":
+            height, width = cli.size(value)
+            return replace(run, config=asked(run.config, height=height, width=width))
+        case "torchrun with":
+            return replace(run, ranks=int(value))
+        case "--pyramid none":
+            return replace(run, pyramid=None)
+        case "--two-calls":
+            return replace(run, two_calls=True)
+        case "--offload":
+            return replace(run, offload=True)
+        case "--pyramid none --two-calls --offload together":
+            return replace(run, pyramid=None, two_calls=True, offload=True)
+    pytest.fail(f"unknown option {option}")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (0.95, "--frames 7, --size 120x176, --pyramid none, --two-calls, --offload, torchrun with 2 ranks"),
+        (0.5, "--frames 2, --size 64x96, --pyramid none --two-calls --offload together, torchrun with 4 ranks"),
+    ],
+)
+def test_what_is_said_to_fit_fits_and_a_frame_or_step_of_the_size_more_does_not(pipe, run, part, said):
+    free = part * sum(model(pipe, run))
+    with pytest.raises(ValueError, match="the model takes .* kept by broadcast, free are .*: .* would fit$") as error:
+        fit(pipe, run, free)
+    options = re.split(", | or ", str(error.value).rpartition(": ")[2].removesuffix(" would fit"))
+    options = [option.removesuffix(" ranks") for option in options]
+    assert options == [option.removesuffix(" ranks") for option in said.split(", ")]
+    for option in options:
+        assert fit(pipe, changed(run, option), free)[0]["model"] <= free
+    frames, (height, _) = int(options[0].split()[1]), cli.size(options[1].split()[1])
+    for more in ({"frames": frames + 1}, {"height": height + 8, "width": (height + 8) * 3 // 2}):
+        assert peaks(pipe, replace(run, config=asked(run.config, **more)))["model"] > free
+
+
+def test_where_nothing_fits_there_is_the_cpu(pipe, run):
+    with pytest.raises(ValueError, match=": only --device cpu would fit$"):
+        fit(pipe, run, 1e5)
+
+
+def test_a_model_of_one_size_is_offered_no_other():
+    config = next(family for family in FAMILIES if family.preset == "latte-ucf101").config
+    pipe = Pipeline(config, torch.float32, Classes(config), lambda: pytest.fail("loaded"), Pixels(), CPU, CPU)
+    run = Run(config=asked(config, frames=5, height=48, width=48), pyramid=None)
+    with pytest.raises(ValueError) as error:
+        fit(pipe, run, 0.99 * sum(model(pipe, run)))
+    assert "--frames" not in str(error.value) and "--size" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": True}, {"ranks": 4}])
+def test_every_layer_after_the_third_is_predicted_to_take_as_much_as_it(options):
+    latent, config = schedule(BASE, torch.float32)[1], replace(BASE, depth=5)
+    frames, places = (shares(size, options.get("ranks", 1)) for size in config.tokens(latent))
+    run = {"dtype": torch.float32, "latent": latent, "batch": 2, "offload": "offload" in options}
+    run["shares"] = memory.Alone("places", frames, places) if "ranks" in options else None
+    assert memory.of_model(config, **run, cache_bytes=7) == memory._of_model(config, **run) + 7
