@@ -220,6 +220,11 @@ class ModelConfig:
         return self.dim // self.heads
 
     @property
+    def frame_masks(self) -> bool:
+        """Whether it can be told which frames are clean: Open-Sora 1.1 and 1.2 were trained so."""
+        return self.told in ("fps", "size")
+
+    @property
     def mlp_dim(self) -> int:
         return int(self.dim * self.mlp_ratio)
 

@@ -89,7 +89,8 @@ def sample(
     apart = layout.guidance is not None
     if apart and not guided:
         raise ValueError("a guidance of 1 has no second half for other ranks: start fewer")
-    layout.agree(z.device, z=z, text=text, lengths=lengths, null=null, guidance=guidance, plan=plan, sampler=sampler)
+    told = {"text": text, "lengths": lengths, "null": null, "guidance": guidance}
+    layout.agree(z.device, z=z, **told, plan=plan, sampler=sampler, frames=frames)
     if text is not None and lengths is not None:
         text = text[:, : int(lengths.max())]  # nobody attends to what lies behind
     batches = _halves(model, text, null, two_calls or apart) if guided else [text]

@@ -44,6 +44,7 @@ class Decodes(Protocol):
 
     def latent_frames(self, frames: int) -> int: ...
     def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]: ...
+    def encode(self, video: Tensor) -> Tensor: ...
     def to(self, device: torch.device) -> Any: ...
 
 
@@ -135,6 +136,9 @@ class Pixels:
     def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]:
         yield ((latents + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
 
+    def encode(self, video: Tensor) -> Tensor:
+        return video
+
     def to(self, device: torch.device) -> Any:
         pass
 
@@ -181,5 +185,6 @@ class Stages:
         finally:
             part.to(self.rest)  # type: ignore[attr-defined]
             if gpu:
-                self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
+                peak = torch.cuda.max_memory_allocated(self.device)
+                self.peaks[name] = max(peak, self.peaks.get(name, 0))
                 torch.cuda.empty_cache()
