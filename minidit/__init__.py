@@ -22,6 +22,7 @@ from minidit.metrics import psnr, ssim
 from minidit.model import DiT
 from minidit.pipeline import Pipeline, Report, generate
 from minidit.presets import PRESETS
+from minidit.references import Loop, Reference
 from minidit.sampling import sample
 from minidit.video import load_video, save_video
 
@@ -35,10 +36,12 @@ __all__ = [
     "Broadcast",
     "Cache",
     "DiT",
+    "Loop",
     "ModelConfig",
     "Pipeline",
     "Plan",
     "Pyramid",
+    "Reference",
     "Report",
     "Site",
     "TimestepTable",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidit import checkpoint, metrics, parallel, pipeline, sizes
+from minidit import checkpoint, metrics, parallel, pipeline, references, sizes
 from minidit.broadcast import RECIPES, Act, Pyramid
 from minidit.config import ModelConfig, Sampling
 from minidit.parallel import Layout
@@ -41,6 +41,7 @@ examples:
   minidit generate "a red circle moves to the right" --out red.mp4
   minidit generate "a blue star grows" --pyramid pab-357 --seed 7 --compare
   minidit generate "a sunset" --model opensora-1.2 --weights DIR --resolution 480p --seconds 2
+  minidit generate "a sunset" --model DIR --reference first.png --reference last.png@at=-1 --loop 3
 """
 PLAN = """\
 examples:
@@ -124,6 +125,13 @@ def parser() -> Parser:
     make.add_argument("--text", metavar="DIR", help="a T5, or org/name on the hub; else text_encoder/ in the folder")
     make.add_argument("--vae", metavar="DIR", help="a video autoencoder; else vae/ in the folder")
     make.add_argument("--negative", metavar="PROMPT", help="what to guide away from, cut to the caption's length")
+    make.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="FILE[@at=-1,...]",
+        help="an image or a video to make it around, may be given again; numbers: at, start, length, edit, clip",
+    )
     add_run(make)
     make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")
     make.add_argument("--two-calls", action="store_true", help="guidance in two smaller model calls: less memory")
@@ -171,6 +179,9 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=whole(1, MOST), metavar="N", help=steps)
     command.add_argument("--guidance", type=number(-100, 100), metavar="G", help="the caption's weight; 1: no guidance")
     command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video")
+    command.add_argument(
+        "--loop", default="1", metavar="N[@length=5,...]", help="clips, each going on from the last length latents"
+    )
     command.add_argument("--size", type=size, metavar="HxW", help="pixels, the height first; or N for a square")
     command.add_argument("--resolution", choices=tuple(sizes.SIZES), help="of Open-Sora 1.2: instead of --size")
     command.add_argument("--ratio", metavar="H:W", help="of --resolution, the height first (9:16)")
@@ -299,18 +310,19 @@ def make_video(
     """The first rank of those that make it shows how far it is, writes it and tells."""
     config = pipeline.asked(pipe.config, **run_options(args, pipe.config))
     sampler, _ = pipeline.schedule(config, pipe.dtype)
-    asked, calls = config.sampling, len(sampler.timesteps)
+    asked, calls = config.sampling, options["loop"].clips * len(sampler.timesteps)
     options = {**options, "seed": job.seed, "two_calls": args.two_calls}
     if args.compare:
         # the first model call of a process takes longer, and would be counted on one side
         # four steps, because pndm has no fewer
-        pipeline.generate(pipe, job.caption, **{**options, "steps": min(asked.steps, 4)})
+        first = {"steps": min(asked.steps, 4), "references": (), "loop": references.ONCE}
+        pipeline.generate(pipe, job.caption, **{**options, **first})
         plain, before = run(pipe, job.caption, None, calls, options)
     video, report = run(pipe, job.caption, pyramid, calls, options)
     if not options["layout"].first:
         return
-    height, width = video.shape[1:3]  # of whole latents
-    text, shown = str(report), [clip(replace(asked, height=height, width=width))]
+    frames, height, width = video.shape[:3]  # of all clips; of whole latents
+    text, shown = str(report), [clip(replace(asked, frames=frames, height=height, width=width))]
     if args.compare:
         text += compared(plain, before, video, report)
         video, shown = side_by_side(plain, video), [*shown, "left without broadcast, right with"]
@@ -335,6 +347,8 @@ def checked(
     trained = checkpoint.load_config(pipeline.model_folder(named(args)))
     options = run_options(args, trained)
     config = pipeline.asked(trained, **options)
+    around, loop = [references.read(text) for text in args.reference], references.read_loop(args.loop)
+    references.check(around, loop, config)
     pyramid = read_pyramid(args.pyramid or pipeline.recipe(config))
     if args.compare and pyramid is None:
         raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
@@ -346,7 +360,7 @@ def checked(
     if args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
         raise MemoryError
     pipe.text.check([job.caption for job in todo], args.negative)
-    options["negative"] = args.negative
+    options |= {"negative": args.negative, "references": around, "loop": loop}
     if config.captions is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
         decoding = args.decoder_memory and args.decoder_memory * 2**30
@@ -417,7 +431,9 @@ def plan(args: argparse.Namespace) -> None:
     recipe = args.pyramid or pipeline.recipe(config)
     pyramid = read_pyramid(recipe)
     dtype = args.dtype or ("bfloat16" if preset or torch.cuda.is_available() else "float32")
-    report = pipeline.predict(config, DTYPES[dtype], pyramid)
+    loop = references.read_loop(args.loop)
+    references.check([], loop, config)
+    report = replace(pipeline.predict(config, DTYPES[dtype], pyramid), clips=loop.clips)
     if args.json == "-":
         print(report.plan.to_json())
         return

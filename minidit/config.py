@@ -221,8 +221,8 @@ class ModelConfig:
 
     @property
     def frame_masks(self) -> bool:
-        """Whether it can be told which frames are clean: Open-Sora 1.1 and 1.2 were trained so."""
-        return self.told in ("fps", "size")
+        """Whether it was trained with frames that are given, as Open-Sora 1.1 and 1.2 were, but no embedded model."""
+        return self.told in ("fps", "size") and self.captions is None
 
     @property
     def mlp_dim(self) -> int:

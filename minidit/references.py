@@ -28,6 +28,13 @@ from minidit.video import READERS, check_video, load_video
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # beside .webp, which may be a video
 
 
+def _check_amounts(what: str, length: int | None, edit: float) -> None:
+    if length is not None and length < 1:
+        raise ValueError(f"the length of {what} must be 1 latent frame at least, got {length}")
+    if not 0 <= edit <= 1:
+        raise ValueError(f"the edit of {what} must be a share from 0 to 1, got {edit}")
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Latents of `video` from `start` on that stand in a clip from `at` on; negative positions count from the end.
@@ -67,13 +74,6 @@ class Loop:
 
 
 ONCE = Loop()
-
-
-def _check_amounts(what: str, length: int | None, edit: float) -> None:
-    if length is not None and length < 1:
-        raise ValueError(f"the length of {what} must be 1 latent frame at least, got {length}")
-    if not 0 <= edit <= 1:
-        raise ValueError(f"the edit of {what} must be a share from 0 to 1, got {edit}")
 
 
 class Span(NamedTuple):
@@ -147,7 +147,10 @@ def check(references: Sequence[Reference], loop: Loop, config: ModelConfig) -> N
     run = config.sampling
     room, step = latent_frames(run, run.frames), piece(run)
     if (references or loop.clips > 1) and not config.frame_masks:
-        raise ValueError("this model has no frame masks: references and loops are for Open-Sora 1.1 and 1.2")
+        raise ValueError(
+            "this model was not trained with frame masks and would make what it likes beside the given frames: "
+            "references and loops are for Open-Sora 1.1 and 1.2"
+        )
     if loop.clips > 1:
         length = handed_on(loop, run)
         if length % step or length >= room:
