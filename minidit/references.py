@@ -40,8 +40,9 @@ class Reference:
     """Latents of `video` from `start` on that stand in a clip from `at` on; negative positions count from the end.
 
     By default an image is the first frame. Reference(image, at=-1) is the last one; Reference(video, start=-5) is a
-    video's end, to be continued. Quirk of Open-Sora 1.2, where 17 frames are encoded together: start and at move to the
-    nearest piece, so that an image at=-1 begins the last 17 frames, of which the rest is free.
+    video's end, to be continued. Quirks that are kept: in Open-Sora 1.2, which encodes 17 frames together, start and at
+    move to the nearest piece, so that an image at=-1 begins the last 17 frames, of which the rest is free; in 1.1 what
+    stays is noised and moved a little in the last step (see IDDPM).
     Raises ValueError for a video of another kind and for what no clip has.
     """
 
@@ -49,7 +50,7 @@ class Reference:
     start: int = 0  # latent frame of the reference
     at: int = 0  # latent frame of the clip
     length: int | None = None  # latent frames; None, or more than there are: as many as fit
-    edit: float = 0.0  # the share of the run, its end, in which what is given changes, too; 0: it stays
+    edit: float = 0.0  # what is given changes, too, once t is at most 1000 * edit; 0: it stays
     clip: int = 0  # of a loop
 
     def __post_init__(self) -> None:
@@ -144,9 +145,11 @@ def spans(references: Sequence[Reference], loop: Loop, clip: int, run: Sampling)
 
 def check(references: Sequence[Reference], loop: Loop, config: ModelConfig) -> None:
     """Raises ValueError for what config.sampling cannot be made around, or looped; nothing is encoded."""
+    if not references and loop.clips == 1:
+        return
     run = config.sampling
     room, step = latent_frames(run, run.frames), piece(run)
-    if (references or loop.clips > 1) and not config.frame_masks:
+    if not config.frame_masks:
         raise ValueError(
             "this model was not trained with frame masks and would make what it likes beside the given frames: "
             "references and loops are for Open-Sora 1.1 and 1.2"
@@ -250,11 +253,11 @@ def read_loop(text: str) -> Loop:
 
 def _fields(text: str, *known: str) -> tuple[str, dict[str, int | float]]:
     """What stands before the last @, and the numbers behind it by their names."""
-    found = re.fullmatch(r"(.+)@((?:\w+=[^,=@]+,?)+)", text, re.DOTALL)
+    found = re.fullmatch(r"(.+)@([^@]*=[^@]*)", text, re.DOTALL)
     if not found:
         return text, {}
     fields: dict[str, int | float] = {}
-    for field in found[2].rstrip(",").split(","):
+    for field in found[2].split(","):
         name, _, value = field.partition("=")
         number = r"\d+(\.\d*)?|\.\d+" if name == "edit" else r"-?\d{1,9}"
         if name not in known or not re.fullmatch(number, value):
