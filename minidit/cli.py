@@ -178,7 +178,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
     steps = "of the sampler, a model call each; of pndm, 9 calls more"
     command.add_argument("--steps", type=whole(1, MOST), metavar="N", help=steps)
     command.add_argument("--guidance", type=number(-100, 100), metavar="G", help="the caption's weight; 1: no guidance")
-    command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video")
+    command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video, or of a clip of a loop")
     command.add_argument(
         "--loop", default="1", metavar="N[@length=5,...]", help="clips, each going on from the last length latents"
     )

@@ -372,11 +372,8 @@ def generate(
                 known[reference.clip].append(encoded(reference, encoder, run).to(pipe.device))
     clips: list[Tensor] = []
     for clip, latents in known.items():
-        z, mask = given(
-            draw(torch.empty(len(batch), config.in_channels, *latent, device=pipe.device)),
-            spans(references, loop, clip, run),
-            latents,
-        )
+        z = draw(torch.empty(len(batch), config.in_channels, *latent, device=pipe.device))
+        z, mask = given(z, spans(references, loop, clip, run), latents)
         with stages.on("model", pipe.model) as dit:
             z = sampling.sample(
                 dit,

@@ -18,6 +18,7 @@ from minidit.decoders import Decoder
 from minidit.pipeline import Pipeline, draws, recipe
 from minidit.presets import PRESETS
 from minidit.references import Loop, Reference, fitted
+from minidit.stages import Pixels
 from minidit.text import T5Text, rules_of
 from minidit.tiling import Tile
 from minidit.video import load_video, save_video
@@ -184,6 +185,11 @@ def decoded(monkeypatch):
     return seen
 
 
+def test_pixels_encode_what_they_decode():
+    (video,) = Pixels().chunks(Pixels().encode(fitted(fox(3), 40, 48)), 3)
+    assert torch.equal(video, fox(3))
+
+
 @pytest.mark.parametrize("edit", [0.0, 1.0])
 def test_what_is_given_of_a_video_stays_bit_for_bit_unless_it_may_change(published, decoded, edit):
     pipe, image, clip = Pipeline.load(published / "opensora-1.2"), fox(1), fox(22)
@@ -253,6 +259,19 @@ def test_a_loop_is_runs_of_one_plan_each_of_which_begins_with_the_end_of_the_one
         assert start.shape[1] == length
         by_hand.append(whole[repeated:] if clip else whole)
     assert torch.equal(video, torch.cat(by_hand))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_each_video_of_a_batch_goes_on_from_its_own_end_and_begins_as_without_a_loop(published, name):
+    frames, length, repeated = LOOPS[name]
+    pipe, given = Pipeline.load(published / name), {**asked(name), "frames": frames}
+    both, _ = minidit.generate(pipe, ["a fox", "a fox"], seed=1, loop=Loop(2, length=length), **given)
+    assert both.shape == (2, 2 * frames - repeated, 32, 48, 3)
+    for video, seed in zip(both, (1, 2), strict=True):
+        alone, _ = minidit.generate(pipe, "a fox", seed=seed, loop=Loop(2, length=length), **given)
+        first, _ = minidit.generate(pipe, "a fox", seed=seed, **given)
+        assert torch.equal(alone[:frames], first) and (alone.int() - video.int()).abs().max() <= 2
+    assert not torch.equal(both[0, frames:], both[1, frames:])
 
 
 def test_a_video_between_two_images_and_longer_becomes_a_file(published, tmp_path, capsys):
