@@ -1,10 +1,10 @@
 """Images and videos that a video is made around, and long videos: clips, each going on where the one before ends.
 
 A frame mask tells the model which latent frames are given, and how much of them may change (see Sampler.integrate).
-Source: hpcaitech/Open-Sora v1.1.0 scripts/inference-long.py, v1.2.0 scripts/inference.py and
-opensora/utils/inference_utils.py, whose mask_strategy "loop id, reference id, reference start, target start, length,
-edit ratio" is a Reference here. Positions are counted in latent frames, of which Open-Sora 1.1 has one a frame, 1.2
-five to a piece of 17 frames.
+Source: hpcaitech/Open-Sora, of 1.1 scripts/inference-long.py (at 000a3f88), of 1.2 scripts/inference.py and
+opensora/utils/inference_utils.py (at 0860b06b), whose mask_strategy "loop id, reference id, reference start, target
+start, length, edit ratio" is a Reference here. Positions are counted in latent frames, of which Open-Sora 1.1 has one a
+frame, 1.2 five to a piece of 17 frames.
 """
 
 from __future__ import annotations
@@ -102,14 +102,14 @@ def latent_frames(run: Sampling, frames: int) -> int:
 def nearest(position: int, step: int, size: int) -> int:
     """The multiple of step next to a position in 0..size - 1, of those with a whole step behind them.
 
-    The one before for what lies half way. Source: v1.2.0 inference_utils.py find_nearest_point.
+    The one before for what lies half way. Source: inference_utils.py find_nearest_point.
     """
     steps, rest = divmod(position, step)
     return step * (steps + (2 * rest > step and steps < size // step - 1))
 
 
 def span(reference: Reference, run: Sampling) -> Span:
-    """Source: v1.2.0 inference_utils.py apply_mask_strategy. Raises ValueError for a position outside."""
+    """Source: inference_utils.py apply_mask_strategy. Raises ValueError for a position outside."""
     have, room, step = latent_frames(run, len(reference.video)), latent_frames(run, run.frames), piece(run)
     for name, position, size in (("start", reference.start, have), ("at", reference.at, room)):
         if not -size <= position < size:
@@ -133,7 +133,7 @@ def handed_on(loop: Loop, run: Sampling) -> int:
 
 
 def repeated(loop: Loop, run: Sampling) -> int:
-    """Frames of a clip that the one before has, too. Source: v1.2.0 inference_utils.py dframe_to_frame."""
+    """Frames of a clip that the one before has, too. Source: inference_utils.py dframe_to_frame."""
     return handed_on(loop, run) // piece(run) * (run.chunk or run.frames)
 
 
@@ -188,7 +188,7 @@ def encoded(reference: Reference, encoder: Encodes, run: Sampling) -> Tensor:
 def passed_on(videos: Tensor, loop: Loop, encoder: Encodes, run: Sampling) -> Tensor:
     """The last latents (B, C, length, h, w) of clips (B, T, H, W, 3) uint8, for the next ones to begin with.
 
-    Source: v1.2.0 inference_utils.py append_generated, which, too, encodes what has been decoded, but before it is
+    Source: inference_utils.py append_generated, which, too, encodes what has been decoded, but before it is
     rounded to whole numbers, and all of it.
     """
     ends = videos[:, -repeated(loop, run) :].permute(0, 4, 1, 2, 3) / 127.5 - 1
@@ -210,7 +210,7 @@ def fitted(video: Tensor, height: int, width: int) -> Tensor:
     """(T, H, W, 3) uint8 -> (3, T, height, width), -1 to 1: resized until it fills, and its middle taken.
 
     An image by PIL's bicubic, a video bilinear and without smoothing, however small it becomes, as the original.
-    Source: v1.2.0 opensora/datasets/utils.py and video_transforms.py, resize_crop_to_fill.
+    Source: opensora/datasets/utils.py (at 000a3f88) and video_transforms.py (at 0918e4bc), resize_crop_to_fill.
     """
     scale = max(height / video.shape[1], width / video.shape[2])
     rows, columns = round(scale * video.shape[1]), round(scale * video.shape[2])
