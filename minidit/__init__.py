@@ -23,6 +23,7 @@ from minidit.metrics import psnr, ssim
 from minidit.model import DiT
 from minidit.pipeline import Pipeline, Report, generate
 from minidit.presets import PRESETS
+from minidit.references import Loop, Reference
 from minidit.sampling import sample
 from minidit.video import load_video, save_video
 
@@ -37,10 +38,12 @@ __all__ = [
     "Cache",
     "DiT",
     "Job",
+    "Loop",
     "ModelConfig",
     "Pipeline",
     "Plan",
     "Pyramid",
+    "Reference",
     "Report",
     "Site",
     "TimestepTable",

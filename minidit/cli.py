@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from minidit import checkpoint, fitting, parallel, pipeline, sizes
+from minidit import checkpoint, fitting, parallel, pipeline, references, sizes
 from minidit.broadcast import RECIPES, Pyramid
 from minidit.config import ModelConfig
 from minidit.jobs import Job, jobs
@@ -40,6 +41,7 @@ examples:
   minidit generate "a red circle moves to the right" --out red.mp4
   minidit generate "a blue star grows" --pyramid pab-357 --seed 7 --compare
   minidit generate "a sunset" --model opensora-1.2 --weights DIR --resolution 480p --seconds 2
+  minidit generate "a sunset" --model DIR --reference first.png --reference last.png@at=-1 --loop 3
 """
 PLAN = """\
 examples:
@@ -126,6 +128,13 @@ def parser() -> Parser:
     make.add_argument("--text", metavar="DIR", help="a T5, or org/name on the hub; else text_encoder/ in the folder")
     make.add_argument("--vae", metavar="DIR", help="a video autoencoder, or org/name[/folder] on the hub; else vae/")
     make.add_argument("--negative", metavar="PROMPT", help="what to guide away from, cut to the caption's length")
+    make.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="FILE[@at=-1,...]",
+        help="an image or a video to make it around, may be given again; numbers: at, start, length, edit, clip",
+    )
     add_run(make)
     make.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="another one, another video (0)")
     make.add_argument("--two-calls", action="store_true", help="guidance in two smaller model calls: less memory")
@@ -173,7 +182,10 @@ def add_run(command: argparse.ArgumentParser) -> None:
     steps = "of the sampler, a model call each; of pndm, 9 calls more"
     command.add_argument("--steps", type=whole(1, MOST), metavar="N", help=steps)
     command.add_argument("--guidance", type=number(-100, 100), metavar="G", help="the caption's weight; 1: no guidance")
-    command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video")
+    command.add_argument("--frames", type=whole(1, MOST), metavar="N", help="of the video, or of a clip of a loop")
+    command.add_argument(
+        "--loop", default="1", metavar="N[@length=5,...]", help="clips, each going on from the last length latents"
+    )
     command.add_argument("--size", type=size, metavar="HxW", help="pixels, the height first; or N for a square")
     command.add_argument("--resolution", choices=tuple(sizes.SIZES), help="of Open-Sora 1.2: instead of --size")
     command.add_argument("--ratio", metavar="H:W", help="of --resolution, the height first (9:16)")
@@ -304,6 +316,8 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     trained = checkpoint.load_config(pipeline.model_folder(named(args)))
     options = run_options(args, trained)
     config = pipeline.asked(trained, **options)
+    around, loop = [references.read(text) for text in args.reference], references.read_loop(args.loop)
+    references.check(around, loop, config)
     pyramid = read_pyramid(args.pyramid or pipeline.recipe(config))
     if args.compare and pyramid is None:
         raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
@@ -315,7 +329,7 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     if args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
         raise MemoryError
     pipe.text.check([job.caption for job in todo], args.negative)
-    options |= {"negative": args.negative, "two_calls": args.two_calls}
+    options |= {"negative": args.negative, "two_calls": args.two_calls, "references": around, "loop": loop}
     if config.captions is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
         decoding = args.decoder_memory and args.decoder_memory * 2**30
@@ -369,7 +383,9 @@ def plan(args: argparse.Namespace) -> None:
     recipe = args.pyramid or pipeline.recipe(config)
     pyramid = read_pyramid(recipe)
     dtype = args.dtype or ("bfloat16" if preset or torch.cuda.is_available() else "float32")
-    report = pipeline.predict(config, DTYPES[dtype], pyramid)
+    loop = references.read_loop(args.loop)
+    references.check([], loop, config)
+    report = replace(pipeline.predict(config, DTYPES[dtype], pyramid), clips=loop.clips)
     if args.json == "-":
         print(report.plan.to_json())
         return

@@ -32,6 +32,7 @@ class Sampling:
     shift: float | None  # r of rectified flow's timestep transform; None: Open-Sora's, from the size of the video
     steps: int
     guidance: float  # uncond + guidance * (cond - uncond)
+    guidance_below: float  # of the timesteps up to this one; where more is noise, all is as with the caption
     frames: int
     height: int  # pixels
     width: int  # pixels
@@ -52,7 +53,7 @@ class Sampling:
             raise ValueError(f"Sampling.shift must be None for {self.method}, got {self.shift!r}")
         _check_positive(self, "guided", "steps", "frames", "height", "width", "space", "time")
         _check_positive(self, *["chunk"] * (self.chunk is not None))
-        _check_positive(self, "fps", *(() if self.shift is None else ("shift",)), whole=False)
+        _check_positive(self, "fps", "guidance_below", *(() if self.shift is None else ("shift",)), whole=False)
         if type(self.guidance) not in (int, float) or self.guidance != self.guidance:
             raise ValueError(f"Sampling.guidance must be a number, got {self.guidance!r}")
 
@@ -218,6 +219,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def frame_masks(self) -> bool:
+        """Whether it was trained with frames that are given, as Open-Sora 1.1 and 1.2 were, but no embedded model."""
+        return self.told in ("fps", "size") and self.captions is None
 
     @property
     def mlp_dim(self) -> int:

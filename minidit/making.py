@@ -15,6 +15,7 @@ from minidit.broadcast import Act, Pyramid
 from minidit.config import ModelConfig, Sampling
 from minidit.jobs import Job
 from minidit.pipeline import Pipeline, Report, readable
+from minidit.references import ONCE, repeated
 from minidit.sampling import Step
 from minidit.video import WATCHABLE, save_video, side_by_side
 
@@ -39,10 +40,12 @@ class Making:
         Of several ranks that make it, the first one writes.
         """
         run, (sampler, latent) = self.config.sampling, pipeline.schedule(self.config, self.pipe.dtype)
-        options, calls = {**self.options, "seed": job.seed}, len(sampler.timesteps)
+        options, loop = {**self.options, "seed": job.seed}, self.options["loop"]
+        calls = loop.clips * len(sampler.timesteps)
         height, width = latent[1] * run.space, latent[2] * run.space  # of whole latents
         scale = min(math.ceil(WATCHABLE / min(height, width)), 2 * LONGEST // max(height, width * (1 + self.compare)))
-        shown = [clip(replace(run, height=height, width=width))]
+        frames = run.frames + (loop.clips - 1) * (run.frames - repeated(loop, run))
+        shown = [clip(replace(run, frames=frames, height=height, width=width))]
 
         def save(frames: Tensor | Iterator[Tensor]) -> None:
             save_video(frames, job.out, fps=self.fps, scale=max(1, scale))
@@ -50,7 +53,8 @@ class Making:
         if self.compare:
             # the first model call of a process takes longer, and would be counted on one side
             # four steps, because pndm has no fewer
-            pipeline.generate(self.pipe, job.caption, **{**options, "steps": min(run.steps, 4)})
+            first = {"steps": min(run.steps, 4), "references": (), "loop": ONCE}
+            pipeline.generate(self.pipe, job.caption, **{**options, **first})
             plain, before = self._generate(job, None, calls, options)
             video, report = self._generate(job, self.pyramid, calls, options)
             lines = f"{report}{compared(plain, before, video, report)}"

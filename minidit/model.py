@@ -296,7 +296,7 @@ class DiT(nn.Module):
         """The embedding of t = 0, if some frames are clean."""
         if frame_mask is None:
             return None
-        if self.config.told not in ("fps", "size"):
+        if not self.config.frame_masks:
             raise ValueError("this model was not trained with frame masks: Open-Sora 1.1 and 1.2 were")
         return self.timestep(torch.zeros_like(t))
 

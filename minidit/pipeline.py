@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from minidit.cost import Cost, cost
 from minidit.jobs import numbered
 from minidit.model import DiT
 from minidit.parallel import ALONE, Layout
+from minidit.references import ONCE, Loop, Reference, check, encoded, given, passed_on, repeated, spans
 from minidit.samplers import Noise, Sampler
 from minidit.sizes import fps_told
 from minidit.stages import Classes, Decodes, Pixels, Prompts, Stages, Text, Told, Words, t5_folder, vae_folder
@@ -34,16 +36,18 @@ class Prediction:
     plan: Plan
     cost: Cost  # of one model call of the whole batch, both guidance halves
     peak_bytes: int  # held by the cache at most
+    clips: int = field(default=1, kw_only=True)  # of a loop, each a run of this plan
 
     @property
     def flops(self) -> int:
-        return self.plan.flops(self.cost.parts, self.cost.rest) + self.cost.prepare
+        """Of all clips; encoding and decoding are not counted."""
+        return self.clips * (self.plan.flops(self.cost.parts, self.cost.rest) + self.cost.prepare)
 
     @property
     def flops_without(self) -> int:
         """Of the same run without broadcast."""
         every = plan(None, self.plan.timesteps, self.plan.sites)
-        return every.flops(self.cost.parts, self.cost.rest) + self.cost.prepare
+        return self.clips * (every.flops(self.cost.parts, self.cost.rest) + self.cost.prepare)
 
     def __str__(self) -> str:
         lines = ["part      sites  computed  reused  in calls"]
@@ -56,6 +60,7 @@ class Prediction:
         saved = f", {1 - flops / without:.1%} less than {readable(without)}FLOP without broadcast"
         lines += [
             "",
+            *[f"clips       {self.clips}, each a run of this plan"] * (self.clips > 1),
             f"compute     {readable(flops)}FLOP{saved if flops < without else ''}",
             f"peak cache  {readable(self.peak_bytes, 1024)}B",
         ]
@@ -249,6 +254,14 @@ def whole(frames: Iterator[Tensor]) -> Tensor:
     return torch.cat([*frames])
 
 
+def after(count: int, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The parts (t, H, W, 3) of a video without its first frames."""
+    for part in parts:
+        if count < len(part):
+            yield part[count:]
+        count = max(0, count - len(part))
+
+
 def generate(
     model: DiT | Pipeline,
     captions: str | Path | Sequence[str],
@@ -261,6 +274,8 @@ def generate(
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    references: Sequence[Reference] = (),
+    loop: Loop = ONCE,
     two_calls: bool = False,
     tile: Tile | None = None,
     layout: Layout = ALONE,
@@ -272,12 +287,15 @@ def generate(
     model: a Pipeline, or a DiT that is one by itself. captions: one, several, or the Path of a file with one a line.
     pyramid: "paper" is the paper's recipe for its family. negative: what the videos are guided away from. What is None
     is as the model was trained. Video i of a batch, or of a file's line i, starts from the noise of seed + i, the same
-    on every device and in every batch. tile: see Decoder.chunks. layout: the ranks that make the videos together, each
-    of which gets all of them. Raises ValueError for captions the model does not know and sizes it cannot have.
+    on every device and in every batch. references: latents that every video is made around. loop: clips of one video,
+    each of which goes on where the one before ends; frames is of a clip. tile: see Decoder.chunks. layout: the ranks
+    that make the videos together, each of which gets all of them. Raises ValueError for captions the model does not
+    know, sizes it cannot have and references it cannot be given.
 
     into: is handed each video as it is decoded, in parts (t, H, W, 3) that it need not keep, and what it returns stands
-    for the video: partial(save_video, path="long.mp4", fps=24) holds one part at a time. Of several captions
-    it is a list of that. The decoder is let go when it returns or raises, whether it took all parts or not.
+    for the video: partial(save_video, path="long.mp4", fps=24) holds one part at a time, of a loop also the clips
+    before the last. Of several captions it is a list of that. The decoder is let go when it returns or raises, whether
+    it took all parts or not.
     """
     pipe = model if isinstance(model, Pipeline) else Pipeline.of(model)
     named = numbered(captions)
@@ -285,12 +303,13 @@ def generate(
     pipe.text.check(batch, negative)
     config = asked(pipe.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
     run, (sampler, latent) = config.sampling, pipe.schedule(config)
+    check(references, loop, config)
     pyramid = RECIPES[recipe(config)] if pyramid == "paper" else pyramid
     start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.rest, pipe.offload)
 
     def watch(step: sampling.Step) -> None:
         nonlocal peak
-        peak = step.peak_bytes
+        peak = max(peak, step.peak_bytes)
         if on_step:
             on_step(step)
 
@@ -300,27 +319,46 @@ def generate(
     longest = None if lengths is None else int(lengths.max())
     expected = predict(config, pipe.dtype, pyramid, captions=len(batch), caption_length=longest)
     draw = draws([seed + i for i in named])
-    with stages.on("model", pipe.model) as dit:
-        z = sampling.sample(
-            dit,
-            draw(torch.empty(len(batch), config.in_channels, *latent, device=pipe.device)),
-            _as(text, pipe.dtype),
-            lengths,
-            plan=expected.plan,
-            sampler=sampler,
-            guidance=run.guidance,
-            height=run.height,
-            width=run.width,
-            fps=run.fps if config.captions else fps_told(run.frames, run.fps),
-            two_calls=two_calls,
-            null=_as(null, pipe.dtype),
-            noise=draw,
-            layout=layout,
-            on_step=watch,
-        )
+    known: dict[int, list[Tensor]] = {clip: [] for clip in range(loop.clips)}  # latents that each clip is given
+    if references:
+        with stages.on("encoder", pipe.decoder) as encoder:
+            for reference in references:
+                known[reference.clip].append(encoded(reference, encoder, run).to(pipe.device))
+    before: list[Tensor] = []  # frames (B, t, H, W, 3) of the clips before the last
+    for clip, latents in known.items():
+        z = draw(torch.empty(len(batch), config.in_channels, *latent, device=pipe.device))
+        z, mask = given(z, spans(references, loop, clip, run), latents)
+        with stages.on("model", pipe.model) as dit:
+            z = sampling.sample(
+                dit,
+                z,
+                _as(text, pipe.dtype),
+                lengths,
+                plan=expected.plan,
+                sampler=sampler,
+                guidance=run.guidance,
+                height=run.height,
+                width=run.width,
+                fps=run.fps if config.captions else fps_told(run.frames, run.fps),
+                two_calls=two_calls,
+                null=_as(null, pipe.dtype),
+                frames=mask,
+                noise=draw,
+                layout=layout,
+                on_step=watch,
+            )
+        repeats = repeated(loop, run) if clip else 0
+        if clip + 1 in known:
+            with stages.on("decoder", pipe.decoder) as decoder:
+                made = torch.stack([whole(decoder.chunks(part, run.frames, tile=tile)) for part in z])
+                known[clip + 1].append(passed_on(made, loop, decoder, run).to(pipe.device))
+            before.append(made[:, repeats:])
     with stages.on("decoder", pipe.decoder) as decoder:
-        videos = [into(decoder.chunks(latents, run.frames, tile=tile)) for latents in z]
-    report = Report(expected.plan, expected.cost, peak, time.perf_counter() - start, stages.peaks)
+        videos = [
+            into(chain((clip[i] for clip in before), after(repeats, decoder.chunks(part, run.frames, tile=tile))))
+            for i, part in enumerate(z)
+        ]
+    report = Report(expected.plan, expected.cost, peak, time.perf_counter() - start, stages.peaks, clips=loop.clips)
     if isinstance(captions, str):
         return videos[0], report
     return (torch.stack(videos) if into is whole else videos), report

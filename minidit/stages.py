@@ -46,6 +46,7 @@ class Decodes(Protocol):
 
     def latent_frames(self, frames: int) -> int: ...
     def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]: ...
+    def encode(self, video: Tensor) -> Tensor: ...
     def to(self, device: torch.device) -> Any: ...
 
 
@@ -140,6 +141,9 @@ class Pixels:
         for part in latents.split(PIECE, 1):
             yield ((part + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
 
+    def encode(self, video: Tensor) -> Tensor:
+        return video
+
     def to(self, device: torch.device) -> Any:
         pass
 
@@ -189,7 +193,8 @@ class Stages:
                 yield part
         finally:
             if gpu:
-                self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
+                peak = torch.cuda.max_memory_allocated(self.device)
+                self.peaks[name] = max(peak, self.peaks.get(name, 0))
                 torch.cuda.empty_cache()
 
     @contextmanager

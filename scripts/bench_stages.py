@@ -35,7 +35,7 @@ import bench
 import measuring
 from bench_parallel import small
 from measuring import positive, precision, signed, wait
-from minidit import cli, pipeline
+from minidit import cli, fitting, pipeline
 from minidit.broadcast import RECIPES
 from minidit.cli import Parser
 from minidit.config import ModelConfig
@@ -204,7 +204,7 @@ def measure(pipe: Pipeline, name: str, config: ModelConfig, recipe: str, file: P
     """A row: what was predicted of a case by a recipe, and what each stage took. file: for the video."""
     gpu = pipe.device.type == "cuda"
     free = torch.cuda.mem_get_info(pipe.device)[0] if gpu else cli.memory()
-    predicted, tile = pipe.fit(config, RECIPES[recipe], free)
+    predicted, tile = fitting.fit(pipe, fitting.Run(config=config, pyramid=RECIPES[recipe]), free)
     assert isinstance(pipe.text, Prompts) and isinstance(pipe.decoder, OpenSora)
     parts = {"text": pipe.text.t5.encoder, "model": pipe.model, "decoder": pipe.decoder.vae.spatial.decoder}
     with timed(pipe.device) as stages, finiteness(parts) as finite:

@@ -8,6 +8,7 @@ import torch
 
 import bench_stages
 from minidit.broadcast import RECIPES
+from minidit.fitting import Run, fit
 from minidit.stages import Stages
 from minidit.text import layout_of
 
@@ -30,7 +31,7 @@ def row(pipe, tmp_path_factory):
 def test_a_row_says_what_every_stage_took_and_what_was_predicted_of_it(pipe, row):
     assert (row["frames"], row["height"], row["width"], row["steps"]) == (17, 32, 48, 12)
     assert 100 < row["tokens"] < 300 and row["tile"] is None and row["file_bytes"] > 0
-    peaks, _ = pipe.fit(SMALL, RECIPES["pab-246"], 2**40)
+    peaks, _ = fit(pipe, Run(config=SMALL, pyramid=RECIPES["pab-246"]), 2**40)
     assert list(row["stages"]) == list(peaks) == ["text", "model", "decoder"]
     for name, stage in row["stages"].items():
         assert stage["predicted_gib"] == peaks[name] / 2**30 > 0 and stage["finite"]

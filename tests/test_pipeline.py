@@ -20,6 +20,7 @@ from minidit.decoders import Decoder
 from minidit.fitting import Run, fit
 from minidit.pipeline import Pipeline, draws, recipe
 from minidit.presets import PRESETS
+from minidit.references import Loop, Reference, fitted
 from minidit.stages import Pixels
 from minidit.text import T5Text, rules_of
 from minidit.tiling import Tile
@@ -241,6 +242,127 @@ def test_a_negative_prompt_is_what_a_video_is_guided_away_from(published, name):
     assert not torch.equal(one, other)
 
 
+def fox(frames, height=40, width=48):
+    return torch.randint(256, (frames, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The latents (C, T, h, w) that the decoder is given, of one clip after the other."""
+    seen, chunks = [], Decoder.chunks
+    monkeypatch.setattr(Decoder, "chunks", lambda self, z, n, **tile: seen.append(z) or chunks(self, z, n, **tile))
+    return seen
+
+
+def test_pixels_encode_what_they_decode():
+    (video,) = Pixels().chunks(Pixels().encode(fitted(fox(3), 40, 48)), 3)
+    assert torch.equal(video, fox(3))
+
+
+@pytest.mark.parametrize("edit", [0.0, 1.0])
+def test_what_is_given_of_a_video_stays_bit_for_bit_unless_it_may_change(published, decoded, edit):
+    pipe, image, clip = Pipeline.load(published / "opensora-1.2"), fox(1), fox(22)
+    references = [Reference(clip, start=-2, at=4, edit=edit), Reference(image, edit=edit)]
+    given = {"frames": 34, "height": 32, "width": 48, "steps": 3}
+    minidit.generate(pipe, "a red fox", references=references, **given)
+    (z,) = decoded
+    first = pipe.decoder.encode(fitted(image, 32, 48))[:, 0]
+    assert z.shape == (4, 10, 4, 6) and torch.equal(z[:, 0], first) == (edit == 0)
+    # five latents are a piece: from -2 of 7 to 5, and from 4 to 5
+    end = pipe.decoder.encode(fitted(clip[17:], 32, 48))
+    assert end.shape[1] == 2 and torch.equal(z[:, 5:7], end) == (edit == 0)
+    minidit.generate(pipe, "a red fox", **given)
+    assert not torch.equal(z, decoded[1])
+
+
+def test_what_stays_in_open_sora_1_1_moves_a_little_in_the_last_step(published, decoded):
+    pipe = Pipeline.load(published / "opensora-1.1")
+    given = {"frames": 5, "height": 32, "width": 48, "steps": 10}
+    minidit.generate(pipe, "a fox", references=[Reference(fox(1)), Reference(fox(1), at=-1)], guidance=1, **given)
+    kept = pipe.decoder.encode(fitted(fox(1), 32, 48))[:, 0]
+    for z in (decoded[0][:, 0], decoded[0][:, -1]):
+        assert 0 < (z - kept).abs().max() < 0.1 * (decoded[0][:, 2] - kept).abs().max()
+
+
+# frames of a clip, handed on in latents and in frames
+LOOPS = {"opensora-1.2": (34, 5, 17), "opensora-1.1": (5, 2, 2)}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_is_runs_of_one_plan_each_of_which_begins_with_the_end_of_the_one_before(published, decoded, name):
+    frames, length, repeated = LOOPS[name]
+    loop, pipe, steps = Loop(3, length=length), Pipeline.load(published / name), []
+    given = {**asked(name), "frames": frames, "seed": 5}
+    video, report = minidit.generate(
+        pipe, "a fox", references=[Reference(fox(1))], loop=loop, on_step=steps.append, **given
+    )
+    assert len(video) == 3 * frames - 2 * repeated
+    _, alone = minidit.generate(pipe, "a fox", **given)
+    assert len(steps) == 3 * len(alone.plan) and report.plan == alone.plan and report.flops == 3 * alone.flops
+    assert report.peak_bytes == alone.peak_bytes and "clips       3, each a run of this plan" in str(report)
+
+    config = pipeline.asked(pipe.config, frames=frames, height=32, width=48, steps=3)
+    run, (sampler, latent), draw = config.sampling, pipe.schedule(config), draws([5])
+    told = pipe.text.encode(["a fox"], None)
+    by_hand, start, at = [], pipe.decoder.encode(fitted(fox(1), 32, 48)), slice(0, 1)
+    for clip in range(3):
+        z, mask = draw(torch.empty(1, 4, *latent)), torch.ones(1, latent[0])
+        z[0, :, at], mask[0, at] = start, 0
+        z = sampling.sample(
+            pipe.model,
+            z,
+            told.text,
+            told.lengths,
+            plan=report.plan,
+            sampler=sampler,
+            guidance=run.guidance,
+            height=run.height,
+            width=run.width,
+            fps=run.fps,
+            frames=mask,
+            noise=draw,
+        )
+        assert torch.equal(decoded[clip], z[0])
+        whole = torch.cat([*pipe.decoder.chunks(z[0], frames)])
+        start, at = pipe.decoder.encode(whole[-repeated:].permute(3, 0, 1, 2) / 127.5 - 1), slice(0, length)
+        assert start.shape[1] == length
+        by_hand.append(whole[repeated:] if clip else whole)
+    assert torch.equal(video, torch.cat(by_hand))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_each_video_of_a_batch_goes_on_from_its_own_end_and_begins_as_without_a_loop(published, name):
+    frames, length, repeated = LOOPS[name]
+    pipe, given = Pipeline.load(published / name), {**asked(name), "frames": frames}
+    both, _ = minidit.generate(pipe, ["a fox", "a fox"], seed=1, loop=Loop(2, length=length), **given)
+    assert both.shape == (2, 2 * frames - repeated, 32, 48, 3)
+    for video, seed in zip(both, (1, 2), strict=True):
+        alone, _ = minidit.generate(pipe, "a fox", seed=seed, loop=Loop(2, length=length), **given)
+        first, _ = minidit.generate(pipe, "a fox", seed=seed, **given)
+        assert torch.equal(alone[:frames], first) and (alone.int() - video.int()).abs().max() <= 2
+    assert not torch.equal(both[0, frames:], both[1, frames:])
+
+
+def test_a_video_between_two_images_and_longer_becomes_a_file(published, tmp_path, capsys):
+    save_video(fox(1), tmp_path / "a.png", fps=1, scale=1)
+    save_video(fox(34), tmp_path / "b.mp4", fps=24, scale=1)
+    command = ["generate", "a fox", "--model", str(published / "opensora-1.2"), *options("opensora-1.2")]
+    command += ["--reference", f"{tmp_path / 'a.png'}@at=5", "--reference", f"{tmp_path / 'b.mp4'}@start=-5"]
+    command += ["--frames", "34", "--loop", "2", "--compare", "--out", str(tmp_path / "c.mp4")]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "clips       2, each a run of this plan" in out and "(51 frames of 32x48," in out
+    assert len(load_video(tmp_path / "c.mp4")) == 51
+
+
+def test_the_plan_of_a_loop_costs_as_many_runs(capsys):
+    costs = []
+    for loop in ("1", "3"):
+        assert cli.main(["plan", "--model", "opensora-1.2", "--loop", loop]) == 0
+        costs.append(float(re.search(r"compute +([\d.]+) TFLOP", capsys.readouterr().out)[1]))
+    assert costs[1] == pytest.approx(3 * costs[0], rel=0.01)
+
+
 def test_the_decoder_takes_tiles_where_memory_is_short(published, monkeypatch, tmp_path, capsys):
     seen, chunks = [], Decoder.chunks
     monkeypatch.setattr(Decoder, "chunks", lambda *args, tile: seen.append(tile) or chunks(*args, tile=tile))
@@ -371,6 +493,12 @@ def test_a_folder_that_lacks_something_says_what(refused, published, tmp_path_fa
         ("opensora-1.2", ["--resolution", "480p", "--ratio", "1"], "a fox", "unknown ratio '1'"),
         ("opensora-1.2", ["--seconds", "3"], "a fox", "unknown duration '3s'"),
         ("opensora-1.2", ["--weights", "latte-t2v"], "a fox", "latte-t2v does not hold opensora-1.2"),
+        ("latte-t2v", ["--loop", "2"], "a fox", "was not trained with frame masks"),
+        ("tiny", ["--loop", "2"], "a red circle", "was not trained with frame masks"),
+        ("opensora-1.2", ["--loop", "two"], "a fox", "a loop is a number of clips from 1 to 9999, got 'two'"),
+        ("opensora-1.2", ["--loop", "2", "--frames", "60"], "a fox", "have a multiple of 17 frames, got 60"),
+        ("opensora-1.2", ["--reference", "nothing.png"], "a fox", "nothing.png: no such image or video"),
+        ("opensora-1.2", ["--reference", "config.json"], "a fox", "config.json: a reference is one of .png"),
         ("tiny", ["--weights", "latte-t2v"], "a fox", "--weights are of a model that --model names"),
         ("tiny", ["--negative", "blurry"], "a red circle", "no words for others: give no negative prompt"),
     ],

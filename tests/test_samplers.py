@@ -350,7 +350,7 @@ def test_pndm_calls_the_model_9_times_more_than_it_has_steps():
 def test_a_trajectory_of_euler_ancestral_is_the_originals():
     theirs, run, watch = golden("diffusers"), of("euler-ancestral", 20), []
     assert torch.equal(torch.tensor(run.timesteps), theirs["euler_a20/timesteps"])
-    torch.testing.assert_close(torch.tensor(run.sigmas), theirs["euler_a20/sigmas"], rtol=2**-22, atol=0)  # two last bits
+    torch.testing.assert_close(torch.tensor(run.sigmas), theirs["euler_a20/sigmas"], rtol=2**-22, atol=0)
     noise, left = drawn_from(theirs["euler_a20/noise_each"])
     z = theirs["euler_a20/x0"] / run.sigmas[0]  # there it is scaled already
     out = run.integrate(toy_noise(run.timesteps, watch), z, noise=noise)
