@@ -32,7 +32,6 @@ class Sampling:
     shift: float | None  # r of rectified flow's timestep transform; None: Open-Sora's, from the size of the video
     steps: int
     guidance: float  # uncond + guidance * (cond - uncond)
-    guidance_below: float  # of the timesteps up to this one; where more is noise, all is as with the caption
     frames: int
     height: int  # pixels
     width: int  # pixels
@@ -53,7 +52,7 @@ class Sampling:
             raise ValueError(f"Sampling.shift must be None for {self.method}, got {self.shift!r}")
         _check_positive(self, "guided", "steps", "frames", "height", "width", "space", "time")
         _check_positive(self, *["chunk"] * (self.chunk is not None))
-        _check_positive(self, "fps", "guidance_below", *(() if self.shift is None else ("shift",)), whole=False)
+        _check_positive(self, "fps", *(() if self.shift is None else ("shift",)), whole=False)
         if type(self.guidance) not in (int, float) or self.guidance != self.guidance:
             raise ValueError(f"Sampling.guidance must be a number, got {self.guidance!r}")
 

@@ -73,9 +73,8 @@ def sample(
 
     text, lengths, height, width, fps: see DiT.prepare. A guidance of 1 is none; any other runs each caption beside the
     null caption, cut to the captions' length as in the originals: as one batch [cond; uncond], or in two_calls a step,
-    each with a cache of its own. What Sampling.guidance_below leaves unguided (arXiv:2404.07724) is computed all the
-    same: what broadcast keeps has to be of one batch. null: (L or more, caption_dim) features of the null caption;
-    None: the one that the model has learned. frames, noise: see Sampler.integrate.
+    each with a cache of its own. null: (L or more, caption_dim) features of the null caption; None: the one that the
+    model has learned. frames, noise: see Sampler.integrate.
     layout: the ranks that share the run; each is given all of z and makes all of the latents, and noise has to be the
     same on all of them.
     Raises ValueError for a plan made with other times or for another model, and for ranks that were given other things.
@@ -86,7 +85,7 @@ def sample(
             f"the plan's {len(plan)} timesteps are not the run's {len(times)} as the model sees them: "
             "make the plan with planned(sampler, model.config, model.dtype)"
         )
-    guided, run = guidance != 1, model.config.sampling
+    guided = guidance != 1
     apart = layout.guidance is not None
     if apart and not guided:
         raise ValueError("a guidance of 1 has no second half for other ranks: start fewer")
@@ -122,6 +121,6 @@ def sample(
         if apart:
             outputs = layout.join(outputs)
         cond, uncond = outputs.chunk(2)
-        return guide(cond, uncond, guidance if call.timestep <= run.guidance_below else 1.0, run.guided)
+        return guide(cond, uncond, guidance, model.config.sampling.guided)
 
     return sampler.integrate(field, z, frames=frames, noise=noise)

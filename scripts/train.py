@@ -65,7 +65,6 @@ TINY = ModelConfig(
         shift=10.0,  # place and motion are decided where a frame of large flat shapes is nearly all noise
         steps=30,
         guidance=3.0,
-        guidance_below=940,  # above, it makes two of an object whose place is still open
         frames=shapes.FRAMES,
         height=shapes.SIZE,
         width=shapes.SIZE,

@@ -30,7 +30,6 @@ SAMPLING = Sampling(
     shift=3.0,
     steps=8,
     guidance=3.0,
-    guidance_below=1000,
     frames=3,
     height=16,
     width=16,

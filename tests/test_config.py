@@ -25,7 +25,6 @@ samplings = st.builds(
     prediction=st.sampled_from(["velocity", "sample"]),
     shift=st.none() | positive,
     guidance=st.floats(allow_nan=False),
-    guidance_below=positive,
     fps=positive | counts,
     **SIZES,
 ) | st.builds(
@@ -34,7 +33,6 @@ samplings = st.builds(
     prediction=st.just("noise"),
     shift=st.none(),
     guidance=st.floats(allow_nan=False),
-    guidance_below=positive,
     fps=positive | counts,
     **SIZES,
 )

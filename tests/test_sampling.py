@@ -174,25 +174,6 @@ def test_a_run_guides_the_channels_that_the_models_sampling_says(model, guided):
     torch.testing.assert_close(some[:, guided:], none[:, guided:], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("two_calls", [False, True])
-def test_calls_at_a_time_above_guidance_below_are_not_guided(model, two_calls):
-    flow = RectifiedFlow(4, 1.0, "velocity")  # calls at 1000, 750, 500, 250
-
-    def limited(below, **settings):
-        sampling_ = replace(TINY.sampling, guidance_below=below)
-        other = DiT(replace(TINY, sampling=sampling_)).eval().requires_grad_(False)
-        other.load_state_dict(model.state_dict())
-        return run(other, sampler=flow, two_calls=two_calls, **settings)
-
-    never, always = run(model, sampler=flow, guidance=1), run(model, sampler=flow)
-    torch.testing.assert_close(limited(249), never, rtol=0, atol=1e-4)
-    assert torch.equal(limited(1000), always if not two_calls else run(model, sampler=flow, two_calls=True))
-    some = [limited(below) for below in (250, 500, 750, 1000)]
-    assert torch.equal(limited(499), some[0])
-    for i, one in enumerate(some):
-        assert all((one - other).abs().max() > 1e-3 for other in (never, *some[:i]))
-
-
 def test_a_plan_of_other_times_is_refused(model):
     other = plan(PAB_246, seen(replace(SAMPLER, shift=1.0).timesteps, model.dtype), model.sites)
     with pytest.raises(ValueError, match=r"make the plan with planned\(sampler, model.config, model.dtype\)"):
