@@ -167,6 +167,10 @@ def _temporal_kernel(
     q, k = qkv + (token * 3 * H + head) * E, qkv + (token * 3 * H + H + head) * E
     v, a = qkv + (token * 3 * H + 2 * H + head) * E, out + (token * H + head) * E
     sums = (tl.zeros([TILE, TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32))
+    values = ()
+    if TILE == 16:  # asked for before all else, they come meanwhile; of larger tiles there is no room for them
+        for i in tl.static_range((E + WIDTH - 1) // WIDTH):
+            values = values + (_values(v, there, i * WIDTH, WIDTH, E),)
     for i in tl.static_range((E + WIDTH - 1) // WIDTH):
         sums = _scored(
             sums, q, k, q_weight, k_weight, cos, sin, t, there, i * WIDTH, WIDTH, ROPE_FIRST, E, TILE, PRECISION
@@ -180,7 +184,13 @@ def _temporal_kernel(
     share = 1 / tl.sum(weight, 1)[:, None]
     weight = weight.to(out.dtype.element_ty)
     for i in tl.static_range((E + WIDTH - 1) // WIDTH):
-        _summed(weight, share, v, a, there, i * WIDTH, WIDTH, E, PRECISION)
+        if TILE == 16:
+            some = values[i]
+        else:
+            some = _values(v, there, i * WIDTH, WIDTH, E)
+        at = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+        mean = tl.dot(weight, some, input_precision=PRECISION) * share
+        tl.store(a[:, None] + at, mean, there[:, None] & (at < E))
 
 
 @triton.jit
@@ -230,11 +240,7 @@ def _turned(x, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: 
 
 
 @triton.jit
-def _summed(
-    weight, share, v, out, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The mean of WIDTH channels of the values from FIRST on, by their weights."""
+def _values(v, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """WIDTH channels of the values from FIRST on."""
     at = FIRST + tl.arange(0, WIDTH)[None, :]
-    mask = there[:, None] & (at < E)
-    values = tl.load(v[:, None] + at, mask, other=0)
-    tl.store(out[:, None] + at, tl.dot(weight, values, input_precision=PRECISION) * share, mask)
+    return tl.load(v[:, None] + at, there[:, None] & (at < E), other=0)
