@@ -184,10 +184,7 @@ def _temporal_kernel(
     share = 1 / tl.sum(weight, 1)[:, None]
     weight = weight.to(out.dtype.element_ty)
     for i in tl.static_range((E + WIDTH - 1) // WIDTH):
-        if TILE == 16:
-            some = values[i]
-        else:
-            some = _values(v, there, i * WIDTH, WIDTH, E)
+        some = values[i] if TILE == 16 else _values(v, there, i * WIDTH, WIDTH, E)
         at = i * WIDTH + tl.arange(0, WIDTH)[None, :]
         mean = tl.dot(weight, some, input_precision=PRECISION) * share
         tl.store(a[:, None] + at, mean, there[:, None] & (at < E))
