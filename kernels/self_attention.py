@@ -170,7 +170,7 @@ def _temporal_kernel(
     values = ()
     if TILE == 16:  # asked for before all else, they come meanwhile; of larger tiles there is no room for them
         for i in tl.static_range((E + WIDTH - 1) // WIDTH):
-            values = values + (_values(v, there, i * WIDTH, WIDTH, E),)
+            values = values + (_values(v, there, i * WIDTH, WIDTH, E),)  # type: ignore[assignment]
     for i in tl.static_range((E + WIDTH - 1) // WIDTH):
         sums = _scored(
             sums, q, k, q_weight, k_weight, cos, sin, t, there, i * WIDTH, WIDTH, ROPE_FIRST, E, TILE, PRECISION
