@@ -326,7 +326,7 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     pipe.schedule(config)
     report = pipeline.predict(config, pipe.dtype, pyramid)
     # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
-    if args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
+    if config.captions and args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
         raise MemoryError
     pipe.text.check([job.caption for job in todo], args.negative)
     options |= {"negative": args.negative, "two_calls": args.two_calls, "references": around, "loop": loop}
@@ -340,7 +340,8 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
         if parallel.rank() == 0:
             stages = ", ".join(f"{name} {readable(size, 1024)}B" for name, size in peaks.items())
             print(f"predicted memory, one after the other: {stages}; free: {readable(free, 1024)}B")
-        pipe.load_all()
+        if todo:
+            pipe.load_all()
     asked, best = clip(config.sampling), clip(trained.sampling)
     any_size = config.captions is None and config.told in ("fps", "size")
     if asked != best and not any_size and parallel.rank() == 0:
