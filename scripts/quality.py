@@ -29,20 +29,20 @@ from minidit.pipeline import Report
 
 NAMES = ("none", "pab-246", "pab-357", "pab-579")
 RIGHT = (("right", "captions"), ("two_right", "two"), ("held_out_right", "held_out"))
-SEED = 1000  # of the captions and the first video: training's own samples have others
+SEED = 1000  # of the captions and the first video, if no other is asked for: training's own samples have others
 
 
 def generate_all(
-    model: minidit.DiT, captions: Sequence[str], recipe: str, batch: int, bar: tqdm[Any]
+    model: minidit.DiT, captions: Sequence[str], recipe: str, batch: int, seed: int, bar: tqdm[Any]
 ) -> tuple[list[Tensor], Report]:
-    """A video (T, H, W, 3) for every caption, the i-th from seed SEED + i, and the report of the last batch."""
+    """A video (T, H, W, 3) for every caption, the i-th from seed + i, and the report of the last batch."""
     videos = list[Tensor]()
     for i in range(0, len(captions), batch):
         made, report = minidit.generate(
             model,
             captions[i : i + batch],
             pyramid=RECIPES[recipe],
-            seed=SEED + i,
+            seed=seed + i,
             on_step=lambda step: bar.update(),
         )
         videos += made
@@ -54,15 +54,15 @@ def accepted(video: Tensor, caption: str) -> bool:
     return judge.accepts(video, shapes.parse(caption))
 
 
-def measure_quality(model: minidit.DiT, count: int, batch: int) -> list[dict[str, Any]]:
+def measure_quality(model: minidit.DiT, count: int, batch: int, seed: int) -> list[dict[str, Any]]:
     """A row a recipe: right among all, held-out and two-actor captions; mean PSNR and SSIM against no broadcast."""
-    prompts = shapes.prompts(count, SEED)
+    prompts = shapes.prompts(count, seed)
     captions = [caption for caption, _ in prompts]
     rows, plain = list[dict[str, Any]](), list[Tensor]()
     calls = model.config.sampling.steps * -(-count // batch) * len(NAMES)
     with tqdm(total=calls, unit="call") as bar, ProcessPoolExecutor() as pool:
         for name in NAMES:
-            videos, report = generate_all(model, captions, name, batch, bar)
+            videos, report = generate_all(model, captions, name, batch, seed, bar)
             plain = plain or videos
             right = list(pool.map(accepted, videos, captions, chunksize=4))
             same = name == "none"
@@ -92,7 +92,7 @@ def measure_time(model: minidit.DiT, rounds: int) -> list[dict[str, Any]]:
     with tqdm(total=calls, unit="call") as bar:
         for i in range(rounds + 1):
             for name in NAMES:
-                _, report = generate_all(model, [shapes.prompts(1, i)[0][0]], name, 1, bar)
+                _, report = generate_all(model, [shapes.prompts(1, i)[0][0]], name, 1, SEED, bar)
                 seconds[name].append(report.seconds)
     return [
         {"recipe": name, "seconds": statistics.median(each[1:]), "rounds": rounds} for name, each in seconds.items()
@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=SEED, help="other captions and other videos")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", default="benchmarks", help="folder of the JSON files")
     args = parser.parse_args(argv)
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = minidit.load(args.model, device=device, dtype=dtype)
     measured_with = measuring.origin(device, "quality", sys.argv[1:] if argv is None else argv, dtype)
     if args.what == "judge":
-        name, rows = "quality", measure_quality(model, args.captions, args.batch)
+        name, rows = "quality", measure_quality(model, args.captions, args.batch, args.seed)
     else:
         name, rows = "time", measure_time(model, args.rounds)
     measuring.write(folder / f"{name}.json", {**measured_with, "rows": rows})
