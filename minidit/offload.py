@@ -1,7 +1,8 @@
-"""For small GPUs: most weights stay in the computer's memory, and each layer's are on the GPU only while it runs.
+"""Weights at home in the computer's memory, and on the GPU while they are needed: a whole stage's, or a layer's.
 
-While a layer runs, a second stream brings the weights of the one that ran after it the last time, so that at most two
-layers are there. A sublayer that broadcast reuses does not run, and is not brought.
+For small GPUs, each layer's are there only while it runs. Meanwhile a second stream brings the weights of the one that
+ran after it the last time, so that at most two layers are there. A sublayer that broadcast reuses does not run, and is
+not brought.
 """
 
 from __future__ import annotations
@@ -73,17 +74,18 @@ class Loans:
 
 
 @contextmanager
-def offloaded(
-    module: nn.Module, units: Sequence[nn.Module], device: torch.device, rest: torch.device
-) -> Iterator[None]:
-    """The module ready to run on the device, those of its layers at home in the computer's memory; then all at rest."""
+def brought(module: nn.Module, device: torch.device, units: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """The module ready to run on the device, where each of its units is only while it runs; then all at home again.
+
+    What ran has changed no weights, so nothing is copied back.
+    """
     loans = Loans(units, device)
     lent = {id(parameter) for unit in units for parameter in unit.parameters()}
-    for tensor in (*module.parameters(), *module.buffers()):
-        if id(tensor) not in lent:
-            tensor.data = tensor.data.to(device)
-    hooks = []
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in lent]
+    homes, hooks = [(tensor, tensor.data) for tensor in tensors], []
     try:
+        for tensor, home in homes:
+            tensor.data = home.to(device)
         for i, unit in enumerate(units):
             hooks.append(unit.register_forward_pre_hook(partial(loans.lend, i)))
             hooks.append(unit.register_forward_hook(partial(loans.take_back, i)))
@@ -93,4 +95,5 @@ def offloaded(
             hook.remove()
         for i in range(len(units)):
             loans.take_back(i)
-        module.to(rest)
+        for tensor, home in homes:
+            tensor.data = home

@@ -153,8 +153,8 @@ def draws(seeds: Sequence[int]) -> Noise:
 class Pipeline:
     """A family made of what reads captions, the model and what makes frames; `generate` runs one after the other.
 
-    Each is on `device` while it runs, and else at `rest`. A published model and its text encoder are loaded when they
-    are needed first.
+    Each is on `device` while it runs, and else where it was loaded. A published model and its text encoder are loaded
+    when they are needed first.
     """
 
     config: ModelConfig
@@ -163,7 +163,6 @@ class Pipeline:
     load_model: Callable[[], DiT]
     decoder: Decodes
     device: torch.device
-    rest: torch.device
     offload: bool = False  # of model and text encoder, a layer is on the device only while it runs
 
     @cached_property
@@ -172,8 +171,7 @@ class Pipeline:
 
     def load_all(self) -> None:
         """What would be loaded only when it is needed."""
-        self.text.to(self.rest)
-        self.model.to(self.rest)
+        _ = self.text.module, self.model
 
     @classmethod
     def of(cls, model: DiT) -> Pipeline:
@@ -182,8 +180,9 @@ class Pipeline:
             raise ValueError(
                 "this model has no caption encoder of its own or no decoder: Pipeline.load joins it with published ones"
             )
-        place, pixels = model.patch.weight.device, Pixels()
-        return cls(model.config, model.dtype, Words(model.encoder), lambda: model, pixels, place, place)
+        return cls(
+            model.config, model.dtype, Words(model.encoder), lambda: model, Pixels(), device=model.patch.weight.device
+        )
 
     @classmethod
     def load(
@@ -230,8 +229,7 @@ class Pipeline:
                 f"{where} decodes latents of (channels, pixels a side) {found}, the model's are of {wanted}: "
                 "give the decoder of its family"
             )
-        cpu = torch.device("cpu")
-        return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, cpu, offload)
+        return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, offload)
 
     def schedule(self, config: ModelConfig) -> tuple[Sampler, tuple[int, int, int]]:
         """See `schedule`. Raises ValueError for a video that the model cannot make or the decoder cannot decode."""
@@ -305,7 +303,7 @@ def generate(
     run, (sampler, latent) = config.sampling, pipe.schedule(config)
     check(references, loop, config)
     pyramid = RECIPES[recipe(config)] if pyramid == "paper" else pyramid
-    start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.rest, pipe.offload)
+    start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.offload)
 
     def watch(step: sampling.Step) -> None:
         nonlocal peak

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidit.caption import CaptionEncoder
 from minidit.config import ModelConfig
 from minidit.model import DiT
-from minidit.offload import layers, offloaded
+from minidit.offload import brought, layers
 from minidit.text import T5Text, TextRules, label, layout_of
 from minidit.tiling import Tile
 
@@ -37,17 +37,17 @@ class Text(Protocol):
     def encode(self, captions: Sequence[str], negative: str | None) -> Told:
         """negative: what a video is guided away from, None: as the model was trained."""
 
-    def to(self, device: torch.device) -> Any:
-        """Moves what it computes with, itself and not a copy."""
+    @property
+    def module(self) -> nn.Module:
+        """What it computes with, which is on the device while it does."""
 
 
 class Decodes(Protocol):
-    """Latents (C, T, h, w) -> frames, piece by piece; see decoders.Decoder."""
+    """Latents (C, T, h, w) -> frames, piece by piece: a module; see decoders.Decoder."""
 
     def latent_frames(self, frames: int) -> int: ...
     def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]: ...
     def encode(self, video: Tensor) -> Tensor: ...
-    def to(self, device: torch.device) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ class Words:
             raise ValueError("this model has learned one null caption and no words for others: give no negative prompt")
         return self.encoder.tokenize(captions)
 
-    def to(self, device: torch.device) -> Any:
-        self.encoder.to(device)
+    @property
+    def module(self) -> CaptionEncoder:
+        return self.encoder
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,10 @@ class Prompts:
         unscored = replace(self.rules, aesthetic=None, motion=None, camera=None)
         return Told(text, lengths, self.t5.null(unscored.prompt(negative) if negative else ""))
 
-    def to(self, device: torch.device) -> Any:
-        self.t5.to(device)
+    @property
+    def module(self) -> nn.Module:
+        encoder: nn.Module = self.t5.encoder
+        return encoder
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ class Classes:
         labels = self._labels(captions)
         return Told(None if labels is None else torch.tensor(labels))
 
-    def to(self, device: torch.device) -> Any:
-        pass
+    @property
+    def module(self) -> nn.Module:
+        return nn.Module()
 
     def _labels(self, captions: Sequence[str]) -> list[int] | None:
         if self.config.classes is not None:
@@ -131,7 +135,7 @@ class Classes:
         return None
 
 
-class Pixels:
+class Pixels(nn.Module):
     """Of a model whose latents are the frames themselves."""
 
     def latent_frames(self, frames: int) -> int:
@@ -143,9 +147,6 @@ class Pixels:
 
     def encode(self, video: Tensor) -> Tensor:
         return video
-
-    def to(self, device: torch.device) -> Any:
-        pass
 
 
 PIECE = 16  # frames of Pixels at a time
@@ -178,8 +179,7 @@ class Stages:
     """Brings each stage to the device while it runs, and measures what it holds there at most, if it is a GPU."""
 
     device: torch.device
-    rest: torch.device
-    offload: bool = False  # see offload.py
+    offload: bool = False  # of model and text encoder, a layer is there only while it runs
     peaks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -189,7 +189,8 @@ class Stages:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            with self._there(part):
+            module = part if isinstance(part, nn.Module) else part.module  # type: ignore[attr-defined]
+            with brought(module, self.device, self._units(part)):
                 yield part
         finally:
             if gpu:
@@ -197,17 +198,7 @@ class Stages:
                 self.peaks[name] = max(peak, self.peaks.get(name, 0))
                 torch.cuda.empty_cache()
 
-    @contextmanager
-    def _there(self, part: Any) -> Iterator[None]:
+    def _units(self, part: object) -> Sequence[nn.Module]:
         if self.offload and isinstance(part, DiT):
-            with offloaded(part, layers(part), self.device, self.rest):
-                yield
-        elif self.offload and isinstance(part, Prompts):
-            with offloaded(part.t5.encoder, part.t5.encoder.encoder.block, self.device, self.rest):
-                yield
-        else:
-            try:
-                part.to(self.device)
-                yield
-            finally:
-                part.to(self.rest)
+            return layers(part)
+        return part.t5.encoder.encoder.block if self.offload and isinstance(part, Prompts) else ()

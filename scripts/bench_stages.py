@@ -129,7 +129,14 @@ def build(config: ModelConfig, vae: VAEConfig, folder: Path, device: torch.devic
         decoder = OpenSora(OpenSoraVAE(vae)).eval().requires_grad_(False)
     for parameter in decoder.vae.parameters():  # buffers keep their dtype, as load_decoder's
         parameter.data = parameter.data.to(dtype)
-    return Pipeline(config, dtype, text, lambda: model, decoder, device, torch.device("cpu"))
+    return Pipeline(config, dtype, text, lambda: model, decoder, device)
+
+
+def settle(pipe: Pipeline) -> None:
+    """All in the computer's memory, from where Pipeline.load would bring it to the device."""
+    for module in (pipe.text.module, pipe.model, pipe.decoder):
+        assert isinstance(module, nn.Module)
+        module.to("cpu")
 
 
 # How it is measured
@@ -314,8 +321,7 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[dict
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         pipe = build(first, vae, t5_folder(Path(folder), shape), device)
-        pipe.load_all()
-        pipe.decoder.to(pipe.rest)
+        settle(pipe)
         print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
         for recipe in recipes:  # everything is compiled
             run(pipe, pipeline.asked(first, steps=WARM), recipe, None)

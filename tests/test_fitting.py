@@ -21,7 +21,7 @@ BASE = replace(FAMILY.config, dim=192, heads=4, depth=2, caption_length=8)
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline(BASE, torch.float32, Classes(BASE), lambda: pytest.fail("a model was loaded"), Pixels(), CPU, CPU)
+    return Pipeline(BASE, torch.float32, Classes(BASE), lambda: pytest.fail("a model was loaded"), Pixels(), CPU)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_where_nothing_fits_there_is_the_cpu(pipe, run):
 
 def test_a_model_of_one_size_is_offered_no_other():
     config = next(family for family in FAMILIES if family.preset == "latte-ucf101").config
-    pipe = Pipeline(config, torch.float32, Classes(config), lambda: pytest.fail("loaded"), Pixels(), CPU, CPU)
+    pipe = Pipeline(config, torch.float32, Classes(config), lambda: pytest.fail("loaded"), Pixels(), CPU)
     run = Run(config=asked(config, frames=5, height=48, width=48), pyramid=None)
     with pytest.raises(ValueError) as error:
         fit(pipe, run, 0.99 * sum(model(pipe, run)))

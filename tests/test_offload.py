@@ -13,7 +13,7 @@ from minidit.broadcast import PAB_246
 from minidit.layers import Mlp
 from minidit.memory import of_model, of_text
 from minidit.model import DiT
-from minidit.offload import Loans, layers, offloaded
+from minidit.offload import Loans, brought, layers
 from minidit.pipeline import Pipeline, asked, schedule
 from minidit.stages import Classes, Pixels, Stages
 
@@ -40,7 +40,7 @@ class Latents(Pixels):
 
 @pytest.fixture
 def pipe(model):
-    return Pipeline(BASE, torch.float32, Classes(BASE), lambda: model, Latents(), CPU, CPU)
+    return Pipeline(BASE, torch.float32, Classes(BASE), lambda: model, Latents(), CPU)
 
 
 @pytest.fixture
@@ -90,13 +90,25 @@ def test_an_interrupted_run_leaves_the_model_at_rest(model):
         raise KeyboardInterrupt
 
     hook = model.sublayers[1].f.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), Stages(CPU, CPU, offload=True).on("model", model) as dit:
+    with pytest.raises(KeyboardInterrupt), Stages(CPU, offload=True).on("model", model) as dit:
         latent = schedule(BASE, torch.float32)[1]
         cond = dit.prepare(torch.tensor([3]), None, latent=latent, height=48, width=48, fps=torch.tensor([8.0]))
         dit(torch.randn(1, 4, *latent), 500.0, cond)
     hook.remove()
     assert [parameter.data_ptr() for parameter in model.parameters()] == home
     assert not any(layer._forward_hooks for layer in layers(model))
+
+
+def test_what_was_brought_comes_home_without_a_copy(model, monkeypatch):
+    def places():
+        return {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+
+    before = places()
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor.clone())  # as to another device
+    with pytest.raises(KeyboardInterrupt), brought(model, CPU):
+        assert not set(places().values()) & set(before.values())
+        raise KeyboardInterrupt
+    assert places() == before
 
 
 def test_all_but_two_layers_are_predicted_to_be_away(model):
@@ -113,7 +125,7 @@ def test_a_t5_encodes_the_same_with_two_blocks_at_a_time(tmp_path, lent):
     ids = torch.arange(12).reshape(2, 6)
     plain = encoder(input_ids=ids).last_hidden_state
     blocks = encoder.encoder.block
-    with offloaded(encoder, blocks, CPU, CPU), torch.inference_mode():
+    with brought(encoder, CPU, blocks), torch.inference_mode():
         for _ in range(2):  # the first time, what comes next is not known yet
             assert torch.equal(encoder(input_ids=ids).last_hidden_state, plain)
     size = sum(p.nbytes for p in blocks[1].parameters())
@@ -130,7 +142,7 @@ def test_a_t5_encodes_the_same_with_two_blocks_at_a_time(tmp_path, lent):
 def test_on_a_gpu_the_video_is_the_same_bit_for_bit_and_less_is_held():
     torch.manual_seed(0)
     model, gpu = DiT(replace(BASE, dim=384, depth=4)).eval().requires_grad_(False), torch.device("cuda")
-    pipe = Pipeline(model.config, torch.float32, Classes(BASE), lambda: model, Latents(), gpu, CPU)
+    pipe = Pipeline(model.config, torch.float32, Classes(BASE), lambda: model, Latents(), gpu)
     plain, held = minidit.generate(pipe, "3", pyramid=PAB_246, seed=1)
     for _ in range(2):  # the second time, all that comes next is known
         video, less = minidit.generate(replace(pipe, offload=True), "3", pyramid=PAB_246, seed=1)

@@ -3,7 +3,7 @@
 import re
 import shutil
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import diffusers
@@ -14,7 +14,7 @@ from transformers import T5Config, T5EncoderModel
 import minidit
 import test_decoders as made
 from families import FAMILIES
-from minidit import checkpoint, cli, fitting, pipeline, sampling
+from minidit import checkpoint, cli, fitting, pipeline, sampling, stages
 from minidit.broadcast import RECIPES
 from minidit.decoders import Decoder
 from minidit.fitting import Run, fit
@@ -201,10 +201,27 @@ def test_what_is_made_of_the_parts_stands_for_the_video(pieces):
     assert all(torch.equal(torch.cat(own), video) for own, video in zip(parts, videos, strict=True))
 
 
+@pytest.fixture
+def moves(monkeypatch):
+    """(module, True) for each that is brought to the device, (module, False) when it is home again."""
+    seen, brought = [], stages.brought
+
+    @contextmanager
+    def watched(module, device, units):
+        with brought(module, device, units):
+            seen.append((module, True))
+            try:
+                yield
+            finally:
+                seen.append((module, False))
+
+    monkeypatch.setattr(stages, "brought", watched)
+    return seen
+
+
 @pytest.mark.parametrize("how", ["stops", "fails", "is interrupted"])
-def test_the_decoder_is_let_go_when_what_takes_the_video(published, tmp_path, how):
-    pipe, places = Pipeline.load(published / "opensora-1.1"), []
-    pipe.decoder.to = lambda device: places.append(device is pipe.rest)
+def test_the_decoder_is_let_go_when_what_takes_the_video(published, tmp_path, moves, how):
+    pipe = Pipeline.load(published / "opensora-1.1")
     error = {"fails": OSError(28, "no space"), "is interrupted": KeyboardInterrupt()}.get(how)
     (tmp_path / "a.mp4").write_bytes(b"of yesterday")
 
@@ -218,7 +235,8 @@ def test_the_decoder_is_let_go_when_what_takes_the_video(published, tmp_path, ho
 
     with pytest.raises(type(error)) if error else nullcontext():
         minidit.generate(pipe, "a fox", into=into, **asked("opensora-1.1"))
-    assert places == [False, True] and [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert [there for module, there in moves if module is pipe.decoder] == [True, False]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert ((tmp_path / "a.mp4").read_bytes() == b"of yesterday") == bool(error)
 
 
@@ -391,29 +409,13 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_loaded_with_what_
     assert not {"model", "t5"} & {*vars(pipe), *vars(pipe.text)}
 
 
-def test_only_what_runs_is_on_the_device(published):
-    pipe, moves = Pipeline.load(published / "opensora-1.1"), []
+def test_only_what_runs_is_on_the_device(published, moves):
+    pipe = Pipeline.load(published / "opensora-1.1")
     pipe.load_all()
-
-    class Part:
-        def __init__(self, name, part):
-            self.name, self.part = name, part
-
-        def __getattr__(self, name):
-            return getattr(self.part, name)
-
-        def __call__(self, *args, **options):
-            return self.part(*args, **options)
-
-        def to(self, device):
-            moves.append((self.name, device is pipe.rest))
-
-    rest = torch.device("cpu")
-    moved = replace(pipe, text=Part("text", pipe.text), decoder=Part("decoder", pipe.decoder), rest=rest)
-    moved.__dict__["model"] = Part("model", pipe.model)
-    pipe = moved
-    minidit.generate(moved, "a fox", **asked("opensora-1.1"))
-    assert moves == [(name, away) for name in ("text", "model", "decoder") for away in (False, True)]
+    names = {pipe.text.module: "text", pipe.model: "model", pipe.decoder: "decoder"}
+    minidit.generate(pipe, "a fox", **asked("opensora-1.1"))
+    expected = [(name, there) for name in ("text", "model", "decoder") for there in (True, False)]
+    assert [(names[module], there) for module, there in moves] == expected
 
 
 @pytest.mark.parametrize(
