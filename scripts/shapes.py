@@ -118,6 +118,11 @@ def sample_scene(rng: random.Random, *, actors: int | None = None, held_out: boo
     triples = [rng.choice(choice)]
     if count == 2:
         triples.append(rng.choice([other for other in choice if other[0] != triples[0][0]]))
+    return scene(rng, triples)
+
+
+def scene(rng: random.Random, triples: Sequence[Triple]) -> Scene:
+    """A scene of an actor for each of the triples, one or two."""
     return Scene(actors=_place(rng, triples), background=rng.uniform(*GREYS))
 
 
