@@ -324,10 +324,11 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     dtype = DTYPES[args.dtype] if args.dtype else None
     pipe = Pipeline.load(named(args), text=args.text, vae=args.vae, device=device, dtype=dtype, offload=args.offload)
     pipe.schedule(config)
-    report = pipeline.predict(config, pipe.dtype, pyramid)
-    # at least: the cache, the tokens, their queries, keys and values. A system that lends more than it has kills later
-    if config.captions and args.device == "cpu" and report.peak_bytes + 4 * report.cost.update_bytes > memory():
-        raise MemoryError
+    if config.captions and args.device == "cpu":
+        report = pipeline.predict(config, pipe.dtype, pyramid)
+        # at least: the cache, the tokens, their queries, keys, values. A system that lends more than it has kills later
+        if report.peak_bytes + 4 * report.cost.update_bytes > memory():
+            raise MemoryError
     pipe.text.check([job.caption for job in todo], args.negative)
     options |= {"negative": args.negative, "two_calls": args.two_calls, "references": around, "loop": loop}
     if config.captions is None:

@@ -76,7 +76,7 @@ class Report(Prediction):
 
     def __str__(self) -> str:
         lines = [f"time        {self.seconds:.1f} s"]
-        lines += [f"{name + ' peak':<12}{readable(size, 1024)}B" for name, size in self.stages.items()]
+        lines += [f"{name:<12}{readable(size, 1024)}B at its peak" for name, size in self.stages.items()]
         return "\n".join([super().__str__(), *lines])
 
 

@@ -400,13 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"matmul {limits['matmul_flops_s'] / 1e12:.0f} TFLOP/s", flush=True)
     found = measuring.origin(device, "bench", sys.argv[1:] if argv is None else argv)
     partial = any((args.cases, args.recipes, args.impl, args.steps, args.quick, device.type == "cpu"))
-    rows, complete = list[dict[str, Any]](), False
-    try:
-        for row in measure_all(args, cases, device, limits["matmul_flops_s"]):
-            rows.append(row)
-        complete = True
-    finally:  # a case that fails does not take the others with it
-        measuring.finish("steps", args.json, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
+    rows = measure_all(args, cases, device, limits["matmul_flops_s"])
+    measuring.gather("steps", rows, args.json, {**found, **limits}, RESULT, partial)
     return 0
 
 

@@ -12,10 +12,11 @@ by itself: queries, keys and values normed, rotated and laid out as it likes the
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from measuring import (
     Candidate,
     ceilings,
     command_line,
-    finish,
+    gather,
     median_ms,
     origin,
     precision,
@@ -363,6 +364,17 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def measure_all(
+    args: argparse.Namespace, limits: Mapping[str, float], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    for case in CASES:
+        if not args.only or case.op in args.only:
+            case = case if device.type == "cuda" else small(case)
+            row = measure(case, limits, 10 if args.quick else 40, not args.quick, device)
+            print(report(row), flush=True)
+            yield row
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line("bench_kernels", __doc__, RESULT)
     parser.add_argument("--only", nargs="+", choices=OPS, metavar="OP", help=", ".join(OPS))
@@ -377,18 +389,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {failure}", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore", module="torch.*")  # a backend that refuses a shape says so at length
-    limits, rows = ceilings(device), list[dict[str, Any]]()
+    limits = ceilings(device)
     print(f"copy {limits['copy_bytes_s'] / 1e12:.2f} TB/s, matmul {limits['matmul_flops_s'] / 1e12:.0f} TFLOP/s")
     found = origin(device, "bench_kernels", sys.argv[1:] if argv is None else argv)
-    partial, complete = bool(args.only or args.quick or device.type == "cpu"), False
-    try:
-        for case in [case for case in CASES if not args.only or case.op in args.only]:
-            case = case if device.type == "cuda" else small(case)
-            rows.append(measure(case, limits, 10 if args.quick else 40, not args.quick, device))
-            print(report(rows[-1]), flush=True)
-        complete = True
-    finally:  # a case that fails does not take the others with it
-        finish("kernels", args.json, {**found, **limits, "rows": rows}, RESULT, partial or not complete)
+    partial = bool(args.only or args.quick or device.type == "cpu")
+    rows = gather("kernels", measure_all(args, limits, device), args.json, {**found, **limits}, RESULT, partial)
     return int(any("failed" in row["candidates"].get("ours", {}) for row in rows))
 
 

@@ -78,13 +78,13 @@ VAE_SMALL = VAEConfig(
 # What is measured: random weights, built where they are used
 
 
-def words() -> bytes:
-    """A sentencepiece model with T5's special tokens, that cuts CAPTION into pieces of a few letters."""
+def words(lines: Sequence[str], size: int) -> bytes:
+    """A sentencepiece model of so many pieces, of a few letters each, with T5's special tokens."""
     model = io.BytesIO()
     import_module("sentencepiece").SentencePieceTrainer.train(
-        sentence_iterator=iter([CAPTION, "aesthetic score: 0123456789."] * 20),
+        sentence_iterator=iter([*lines] * 20),
         model_writer=model,
-        vocab_size=80,
+        vocab_size=size,
         hard_vocab_limit=False,
         pad_id=0,
         eos_id=1,
@@ -98,7 +98,7 @@ def words() -> bytes:
 def t5_folder(folder: Path, shape: Mapping[str, int]) -> Path:
     """All that a folder of a T5 v1.1 holds but its weights."""
     (folder / CONFIG).write_text(json.dumps({**shape, "feed_forward_proj": "gated-gelu"}))
-    (folder / WORDS).write_bytes(words())
+    (folder / WORDS).write_bytes(words([CAPTION, "aesthetic score: 0123456789."], 80))
     return folder
 
 
@@ -346,13 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     found = measuring.origin(device, "bench_stages", argv)
     usual = (args.cases, args.recipes, args.steps) == (BY_DEFAULT, DEFAULT_RECIPES, None) and device.type == "cuda"
-    rows, complete = list[dict[str, Any]](), False
-    try:
-        for row in measure_all(args, device):
-            rows.append(row)
-        complete = True
-    finally:  # a case that fails does not take the others with it
-        measuring.finish("stages", args.json, {**found, "rows": rows}, RESULT, not (usual and complete))
+    rows = measuring.gather("stages", measure_all(args, device), args.json, found, RESULT, not usual)
     return int(any(map(strange, rows)))
 
 

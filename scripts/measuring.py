@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -215,12 +215,24 @@ def read(file: Path, *keys: str) -> dict[str, Any]:
     return measured
 
 
-def finish(what: str, file: Path | None, measured: Mapping[str, Any], default: str, partial: bool) -> None:
-    """Write the JSON to the file, or the default one: what is partial not over that, which is full."""
-    file = file or (None if partial else Path(default))
-    if file:
-        write(file, measured)
-    print(f"{what}: {file or 'nothing written, --json FILE does'}")
+def gather(
+    what: str, rows: Iterable[dict[str, Any]], file: Path | None, found: Mapping[str, Any], default: str, partial: bool
+) -> list[dict[str, Any]]:
+    """All rows, and the JSON of what was found and them: also if one fails, which does not take the others with it.
+
+    Written to the file, or the default one: what is partial not over that, which is full.
+    """
+    gathered, complete = list[dict[str, Any]](), False
+    try:
+        for row in rows:
+            gathered.append(row)
+        complete = True
+    finally:
+        file = file or (Path(default) if complete and not partial else None)
+        if file:
+            write(file, {**found, "rows": gathered})
+        print(f"{what}: {file or 'nothing written, --json FILE does'}")
+    return gathered
 
 
 def show(text: str, name: str, into: Path | None) -> None:

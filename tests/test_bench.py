@@ -377,3 +377,23 @@ def test_on_a_gpu_our_kernels_are_timed_and_steps_broken_down():
     parts = row["breakdown_ms"]
     assert all(parts[group] > 0 for group in ("matmul", "spatial", "temporal", "cross", "elementwise"))
     assert sum(parts.values()) == pytest.approx(1e3 * row["step_s"], rel=0.5)
+
+
+def test_a_row_that_fails_does_not_take_the_others_with_it_nor_the_full_file(tmp_path, capsys):
+    full, own = tmp_path / "full.json", tmp_path / "own.json"
+
+    def rows(fails):
+        yield {"a": 1}
+        if fails:
+            raise RuntimeError
+        yield {"a": 2}
+
+    assert measuring.gather("it", rows(False), None, {"b": 3}, str(full), False) == [{"a": 1}, {"a": 2}]
+    for file in (None, own):
+        with pytest.raises(RuntimeError):
+            measuring.gather("it", rows(True), file, {"b": 3}, str(full), False)
+    measuring.gather("it", rows(False), None, {"b": 4}, str(full), True)  # a part of what there is to measure
+    assert json.loads(full.read_text()) == {"b": 3, "rows": [{"a": 1}, {"a": 2}]}
+    assert json.loads(own.read_text()) == {"b": 3, "rows": [{"a": 1}]}
+    nothing = "it: nothing written, --json FILE does"
+    assert capsys.readouterr().out.splitlines() == [f"it: {full}", nothing, f"it: {own}", nothing]

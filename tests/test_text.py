@@ -1,5 +1,4 @@
 import fnmatch
-import io
 import json
 import shutil
 import sys
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from bench_stages import words
 from families import FAMILIES
 from minidit.checkpoint import load_config
 from minidit.presets import PRESETS
@@ -175,19 +175,7 @@ def test_an_empty_caption_is_a_caption(name, recwarn):
 @pytest.fixture(scope="module")
 def spiece():
     """A sentencepiece model with T5's special tokens, as bytes."""
-    model, text = io.BytesIO(), [*CAPTIONS[:3], "the quick brown fox jumps over the lazy dog 0123456789 :"] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=model,
-        vocab_size=60,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return words([*CAPTIONS[:3], "the quick brown fox jumps over the lazy dog 0123456789 :"], 60)
 
 
 @pytest.fixture(scope="module")
