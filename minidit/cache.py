@@ -25,13 +25,8 @@ class Cache:
         """Forget everything, as if the run had not begun."""
         self._held: dict[Site, Update] = {}
         self._next = 0
-        self.peak_bytes = 0
+        self.nbytes = self.peak_bytes = 0  # of the tokens held now, and at most so far, without the gates beside them
         self._like: tuple[object, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tokens held now. The gates beside them, one for all places of a frame, are not counted."""
-        return sum(update.a.nbytes for update in self._held.values())
 
     def begin(self, call: Call, sites: Sequence[Site], x: Tensor) -> None:
         """Called once a model call, before its first sublayer. x: the tokens (B, T, S, D).
@@ -61,8 +56,13 @@ class Cache:
     def keep(self, site: Site, update: Update) -> None:
         """Hold the update until its last reuse, without a copy."""
         self._held[site] = update
+        self.nbytes += update.a.nbytes
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
 
     def take(self, site: Site, *, last: bool) -> Update:
         """The kept update; freed here if this is its last reuse."""
-        return self._held.pop(site) if last else self._held[site]
+        update = self._held[site]
+        if last:
+            del self._held[site]
+            self.nbytes -= update.a.nbytes
+        return update

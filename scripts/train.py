@@ -79,11 +79,13 @@ EARLIEST = 0.05  # of t in 0..1: the velocity of a predicted sample is divided b
 EVERY = 50  # steps between two points of the loss curve
 STATES = ("model", "average", "muon", "adamw")  # of a run that goes on where it was
 DROPPED = 0.1  # of the captions, so that guidance has something to move away from
+DECIDING, SHARE = (0.92, 0.98), 2 / 3  # of t: where one of several places wins, and how many samples are drawn there
+PAIRS = 0.7  # scenes of two actors: what goes wrong is mostly one of those
 
 
 def draw(rng: random.Random) -> shapes.Scene:
     """A scene to learn from: more often than by chance of what is hard, two actors, and small ones."""
-    actors = rng.choice((1, 2))
+    actors = 2 if rng.random() < PAIRS else 1
     scene = shapes.sample_scene(rng, actors=actors)
     if any(actor.size == "small" for actor in scene.actors):
         return scene
@@ -132,10 +134,10 @@ def importance(t: Tensor) -> Tensor:
     """What a sample's loss counts by its t (B,) in 0..1.
 
     Of nearly pure noise only the places and sizes that the caption leaves open can be guessed, and missing them makes
-    losses and gradients larger than all that can be learned at smaller t: so those count more, as (1 + 40 (1 - t))^3/4,
-    which is one over the root of the loss of a trained model. Below 0.3 only edges are left, and count in proportion.
+    losses and gradients larger than all that can be learned at smaller t: so those count more, as the root of
+    1 + 40 (1 - t). Below 0.3 only edges are left, and count in proportion.
     """
-    return (1 + 40 * (1 - t)) ** 0.75 * (t / 0.3).clamp(max=1)
+    return (1 + 40 * (1 - t)).sqrt() * (t / 0.3).clamp(max=1)
 
 
 def initialise(model: DiT) -> None:
@@ -148,13 +150,22 @@ def initialise(model: DiT) -> None:
     nn.init.zeros_(model.final.linear.weight)
 
 
+def times(u: Tensor) -> Tensor:
+    """Evenly distributed u (B,) in 0..1 -> t (B,): as a run's steps are, but for SHARE of them, which are DECIDING."""
+    shift = TINY.sampling.shift or 1.0
+    first, last = (samplers.shifted(torch.tensor(t), 1 / shift).item() for t in DECIDING)
+    below = (1 - SHARE) * first / (1 - (last - first))  # of the samples
+    inside = first + (u - below) / SHARE * (last - first)
+    u = torch.where(u < below, u * first / below, inside.where(u < below + SHARE, 1 - (1 - u) * first / below))
+    return samplers.shifted(u, shift).clamp(min=EARLIEST)
+
+
 def random_parts(args: argparse.Namespace, step: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
     """t (B,), noise and dropped captions (B,) of a step's whole batch, which every rank draws alike."""
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
     # one in each of `batch` equal parts of 0..1, so that no batch sees more of the noise than another
     u = torch.rand(args.batch, generator=generator, device=device)
-    u = (u + torch.arange(args.batch, device=device)) / args.batch
-    t = samplers.shifted(u, TINY.sampling.shift or 1.0).clamp(min=EARLIEST)
+    t = times((u + torch.arange(args.batch, device=device)) / args.batch)
     noise = torch.randn(args.batch, *shape, generator=generator, device=device)
     return t, noise, torch.rand(args.batch, generator=generator, device=device) < DROPPED
 

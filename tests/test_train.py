@@ -1,4 +1,5 @@
 import json
+import random
 import signal
 from copy import deepcopy
 from dataclasses import replace
@@ -154,7 +155,25 @@ def test_every_weight_is_trained_by_one_optimizer(tmp_path):
 
 def test_what_is_nearly_noise_counts_least_and_edges_by_their_t():
     t = torch.tensor([1.0, 0.95, 0.6, 0.3, 0.15])
-    assert train.importance(t).tolist() == pytest.approx([1, 3**0.75, 17**0.75, 29**0.75, 35**0.75 / 2])
+    assert train.importance(t).tolist() == pytest.approx([1, 3**0.5, 17**0.5, 29**0.5, 35**0.5 / 2])
+
+
+def test_two_thirds_of_the_times_are_where_places_are_decided_and_the_others_as_in_a_run():
+    count = 9000
+    t = train.times((torch.arange(count) + 0.5) / count)
+    assert t.equal(t.sort().values) and t[0] == train.EARLIEST and 0.9999 < t[-1] < 1
+    deciding = (t > 0.92) & (t < 0.98)
+    assert deciding.sum() == pytest.approx(2 / 3 * count, abs=1)
+    u = t / (10 - 9 * t)  # undoes the shift
+    for some in (u[deciding], u[(t > 2 * train.EARLIEST) & (t <= 0.92)], u[t >= 0.98]):  # evenly, each by itself
+        assert torch.allclose(some, torch.linspace(some[0], some[-1], len(some)), atol=1e-4)
+    spacing = [some.diff().mean().item() for some in (u[(t > 2 * train.EARLIEST) & (t <= 0.92)], u[t >= 0.98])]
+    assert spacing[0] == pytest.approx(spacing[1], rel=1e-2)
+
+
+def test_seven_of_ten_scenes_have_two_actors():
+    rng = random.Random(0)
+    assert sum(len(train.draw(rng).actors) == 2 for _ in range(2000)) == pytest.approx(1400, abs=60)
 
 
 def test_a_new_network_predicts_nothing_at_all(tmp_path):
