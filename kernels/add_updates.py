@@ -27,7 +27,7 @@ def add_updates(x: Tensor, *updates: Update) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, block = launch.tile(d)
     # no fma: x + gate * a in one rounding is not what a later call adds that has gate * a
-    _kernel[triton.cdiv(s, rows), b * t](
+    _kernel[launch.tiles(s, rows), b * t](
         x.contiguous(), *arguments(updates, b, t), out, t, s, d, rows, block, num_warps=4, enable_fp_fusion=False
     )
     return out

@@ -40,13 +40,13 @@ def _short(q: Tensor, kv: Tensor, lengths: Tensor | None, out: Tensor) -> None:
     b, count, h, e = q.shape
     keys = max(16, triton.next_power_of_2(kv.shape[1]))
     tile, tiles = 64, 8  # queries at once, and how often
-    _kernel[triton.cdiv(count, tile * tiles), h, b](
+    _kernel[launch.tiles(count, tile * tiles), h, b](
         *flash.descriptors(q, tile),
         *flash.descriptors(kv, keys),
         *flash.descriptors(out, tile),
         lengths,
         kv.shape[1],
-        triton.cdiv(count, tile),
+        launch.tiles(count, tile),
         flash.scale(e),
         h,
         *launch.cut(e),

@@ -67,7 +67,7 @@ def attend(
     large = 0 < tail <= 32 and not wide
     # tiles of as many keys as channels, 64, come out wrong (Triton 3.6), see README.md
     tile_m, tile_n = 128 if large else 64, 32 if wide or channels == 64 else 64
-    _kernel[triton.cdiv(m, tile_m), heads, n](
+    _kernel[launch.tiles(m, tile_m), heads, n](
         *descriptors(q, tile_m),
         *descriptors(k, tile_n),
         *descriptors(v, tile_n),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+
+from minidit.kernels.reference import Refused
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 16384  # channels of a tensor: a program may hold whole tokens
@@ -30,11 +33,17 @@ def why_not(tensors: Iterable[Tensor | None]) -> str | None:
 
 
 def insist(op: str, reason: str | None) -> None:
-    """RuntimeError for a kernel that is called with what it does not take."""
+    """Raises Refused for a kernel that is called with what it does not take."""
     if reason is not None:
-        raise RuntimeError(f"{op} cannot be computed by its Triton kernel: {reason}")
+        raise Refused(f"{op} cannot be computed by its Triton kernel: {reason}")
 
 
+def tiles(size: int, tile: int) -> int:
+    """How many tiles hold so many."""
+    return -(-size // tile)
+
+
+@cache
 def cut(channels: int) -> tuple[int, int]:
     """(main, tail): widths of the two tiles of a head, powers of two of at least 16 that Triton can multiply.
 
@@ -45,6 +54,7 @@ def cut(channels: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
+@cache
 def tile(channels: int) -> tuple[int, int]:
     """(rows, block): tokens of a program that goes over all their channels, and the power of two that holds those."""
     block = triton.next_power_of_2(channels)

@@ -25,7 +25,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> 
     total, out = torch.empty_like(x) if updates else x, torch.empty_like(x)
     shift, scale = shift.expand(b, t, 1, d), scale.expand(b, t, 1, d)
     rows, block = launch.tile(d)
-    _kernel[triton.cdiv(s, rows), b * t](
+    _kernel[launch.tiles(s, rows), b * t](
         x,
         *arguments(updates, b, t),
         shift,

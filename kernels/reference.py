@@ -15,6 +15,10 @@ from torch import Tensor
 Axis = Literal["spatial", "temporal"]
 
 
+class Refused(RuntimeError):
+    """An op's kernel does not take what it was given, and says why."""
+
+
 class Update(NamedTuple):
     """What a sublayer adds to the tokens: gate * a, rounded to their dtype before it is added."""
 

@@ -78,7 +78,7 @@ def _normed_keys(packed: Tensor, heads: int, q_weight: Tensor, k_weight: Tensor)
     n, s, _, channels = packed.shape
     out = torch.empty(n, s, heads, channels, dtype=packed.dtype, device=packed.device)
     count, rows = n * s * heads, 32
-    _norm_kernel[triton.cdiv(count, rows),](
+    _norm_kernel[launch.tiles(count, rows),](
         packed, q_weight, k_weight, out, count, heads, channels, *launch.cut(channels), rows
     )
     return out

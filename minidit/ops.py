@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -38,17 +38,17 @@ def using(impl: Impl) -> Iterator[None]:
 
 def add_updates(x: Tensor, *updates: Update) -> Tensor:
     """See reference.add_updates."""
-    return _chosen("add_updates", x, *updates)(x, *updates)
+    return _computed("add_updates", x, *updates)
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> tuple[Tensor, Tensor]:
     """See reference.norm_modulate."""
-    return _chosen("norm_modulate", x, shift, scale, *updates)(x, shift, scale, *updates)
+    return _computed("norm_modulate", x, shift, scale, *updates)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See reference.linear_gelu. Its kernel is cuBLASLt's: asking for Triton's does not insist on it."""
-    return _chosen("linear_gelu", x, weight, bias, insist=False)(x, weight, bias)
+    return _computed("linear_gelu", x, weight, bias, insist=False)
 
 
 def self_attention(
@@ -63,32 +63,37 @@ def self_attention(
     bound: float | None = None,
 ) -> Tensor:
     """See reference.self_attention."""
-    f = _chosen("self_attention", qkv, heads, norm, rope, axis, bias=bias)
-    return f(qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias, bound=bound)
+    return _computed(
+        "self_attention", qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias, bound=bound
+    )
 
 
 def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
     """See reference.cross_attention."""
-    return _chosen("cross_attention", q, kv, lengths)(q, kv, lengths)
+    return _computed("cross_attention", q, kv, lengths)
 
 
-def _chosen(op: str, *args: Any, insist: bool = True, **options: Any) -> Any:
-    asked = _asked.get()
+def _computed(op: str, *args: Any, insist: bool = True, **options: Any) -> Any:
+    asked, meaning = _asked.get(), getattr(reference, op)
     # the compiler fuses the meaning by itself
     if asked == "torch" or torch.compiler.is_compiling() or (asked == "auto" and args[0].device.type != "cuda"):
-        return getattr(reference, op)
-    kernel = _kernel(op)
-    why_not = "triton is not installed" if kernel is None else kernel.why_not(*args, **options)
-    if why_not is None:
-        return getattr(kernel, op)
-    if asked == "triton" and insist:
-        raise RuntimeError(f"{op} cannot be computed by its Triton kernel: {why_not}")
-    return getattr(reference, op)
+        return meaning(*args, **options)
+    try:
+        return _kernel(op)(*args, **options)
+    except reference.Refused:
+        if asked == "triton" and insist:
+            raise
+        return meaning(*args, **options)
 
 
 @cache
-def _kernel(op: str) -> Any:
-    """The module of an op's kernel, imported when it is first needed, or None."""
+def _kernel(op: str) -> Callable[..., Any]:
+    """An op's kernel, imported when it is first needed."""
     if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(f"minidit.kernels.{op}")
+        return partial(_missing, op)
+    kernel: Callable[..., Any] = getattr(importlib.import_module(f"minidit.kernels.{op}"), op)
+    return kernel
+
+
+def _missing(op: str, *args: Any, **options: Any) -> Any:
+    raise reference.Refused(f"{op} cannot be computed by its Triton kernel: triton is not installed")

@@ -4,6 +4,7 @@ The law of flash attention: a kernel is at most twice as far from float64 as tor
 adds is equal bit for bit. All that a kernel should write is NaN before, so that what it leaves out is seen.
 """
 
+import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # the interpreter's bfloat16 is wrong (Triton 3.9)
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-HEADS = [72, 64, 80, 96, 128, 16, 24, 8]  # channels of a head
+HEADS = [72, 64, 80, 96, 128, 16, 24, 32, 8]  # channels of a head
 few = settings(max_examples=25 if CUDA else 6)  # the interpreter takes a second for one
 dtypes = st.sampled_from(DTYPES)
 sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40))  # B, T, S
@@ -314,6 +315,14 @@ def test_with_kernels_a_stored_and_then_reused_step_is_bitwise_the_computed_step
 
 def arguments(**options):
     return normal(1, 2, 3, 8, **options), normal(1, 1, 1, 8, **options), normal(1, 1, 1, 8, **options)
+
+
+def test_without_triton_there_are_no_kernels(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ops, "_kernel", ops._kernel.__wrapped__)  # which remembers
+    x, *_ = arguments()
+    with ops.using("triton"), pytest.raises(RuntimeError, match="add_updates .*: triton is not installed"):
+        ops.add_updates(x)
 
 
 def test_asking_for_triton_computes_by_the_kernel_or_says_why_not():
