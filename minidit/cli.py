@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C or SIGTERM."""
     try:
         # as Ctrl-C, so that nothing half is left; ranks of torchrun wait for each other, and have to end at once
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and threading.current_thread() is threading.main_thread():
+        if parallel.world() == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         args = parser().parse_args(argv)
         args.command(args)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return complain(f"{error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", 1)) > 1 and parallel.lost(error):
+        if isinstance(error, RuntimeError) and parallel.world() > 1 and parallel.lost(error):
             # torchrun names the rank that ended, and ends the others
             return complain("another rank of the run ended, nothing was written", code=1) if parallel.rank() == 0 else 1
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -147,7 +147,8 @@ def parser() -> Parser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make.add_argument("--device", choices=("cpu", "cuda"), default=device, help="%(default)s, if not given")
     make.add_argument("--data", type=whole(1, 4096), default=1, metavar="N", help="torchrun: groups for --prompts")
-    make.add_argument("--split-guidance", action="store_true", help="torchrun: each half on ranks of its own")
+    halves = "torchrun: each half on ranks of its own; else if the ranks divide, which is the faster"
+    make.add_argument("--split-guidance", action=argparse.BooleanOptionalAction, help=halves)
     make.add_argument("--axis", choices=tuple(parallel.TRADED), help="torchrun: what ranks share; else the faster")
     make.add_argument("--compare", action="store_true", help="also without broadcast: side by side, and how alike")
 
@@ -269,7 +270,7 @@ def generate(args: argparse.Namespace) -> None:
         try:
             todo = asked_for(args)
             making = checked(args, todo, device)
-            making.options["layout"], at = layout(args, device)
+            making.options["layout"], at = layout(args, making.config, device)
         except (ImportError, OSError, ValueError, MemoryError) as error:
             problem = error
         first = parallel.first_with(problem is not None, device)
@@ -296,11 +297,11 @@ def generate(args: argparse.Namespace) -> None:
             print(f"{len(todo)} videos made in {args.out}, of which {len(own)} here")
 
 
-def layout(args: argparse.Namespace, device: torch.device) -> tuple[Layout, int]:
+def layout(args: argparse.Namespace, config: ModelConfig, device: torch.device) -> tuple[Layout, int]:
     """The ranks that make a video with this one, and which group of such they are."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return parallel.layout(device, guidance=2 if args.split_guidance else 1, data=args.data, axis=args.axis)
-    if args.split_guidance or args.axis or args.data > 1:
+    if parallel.world() > 1:
+        return parallel.layout(device, guidance=halves(args, config), data=args.data, axis=args.axis)
+    if args.split_guidance is not None or args.axis or args.data > 1:
         raise ValueError("--split-guidance, --axis and --data are for several ranks: start them with torchrun")
     return parallel.ALONE, 0
 
@@ -335,7 +336,7 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
         decoding = args.decoder_memory and args.decoder_memory * 2**30
         run = fitting.Run(
-            config=config, pyramid=pyramid, two_calls=args.two_calls, offload=args.offload, ranks=sharing(args)
+            config=config, pyramid=pyramid, two_calls=args.two_calls, offload=args.offload, ranks=sharing(args, config)
         )
         peaks, options["tile"] = fitting.fit(pipe, run, free, decoding=decoding)
         if parallel.rank() == 0:
@@ -351,9 +352,16 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     return Making(pipe, config, pyramid, options, fps, args.compare)
 
 
-def sharing(args: argparse.Namespace) -> int:
+def halves(args: argparse.Namespace, config: ModelConfig) -> int:
+    """The groups of ranks for guidance: two, each with a half, where there are halves and the ranks divide."""
+    if args.split_guidance is not None:
+        return 2 if args.split_guidance else 1
+    return 2 if config.sampling.guidance != 1 and parallel.world() // args.data % 2 == 0 else 1
+
+
+def sharing(args: argparse.Namespace, config: ModelConfig) -> int:
     """The ranks that share the tokens of a video."""
-    return max(1, int(os.environ.get("WORLD_SIZE", 1)) // args.data // (2 if args.split_guidance else 1))
+    return max(1, parallel.world() // args.data // halves(args, config))
 
 
 def named(args: argparse.Namespace) -> str:

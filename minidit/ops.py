@@ -63,9 +63,7 @@ def self_attention(
     bound: float | None = None,
 ) -> Tensor:
     """See reference.self_attention."""
-    return _computed(
-        "self_attention", qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias, bound=bound
-    )
+    return _computed("self_attention", qkv, heads, norm, rope, axis, rope_first=rope_first, bias=bias, bound=bound)
 
 
 def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:

@@ -276,7 +276,7 @@ def started(device: str) -> Iterator[torch.device]:
 
     A rank that waits for another one longer than TIMEOUT gives up with an error.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world() == 1:
         yield torch.device(device)
         return
     own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
@@ -287,6 +287,11 @@ def started(device: str) -> Iterator[torch.device]:
         yield own
     finally:
         dist.destroy_process_group()
+
+
+def world() -> int:
+    """The processes that torchrun started; 1 if it did not."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:

@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation: samples, the loss curve, the benchmarks. All but samples: minidit[plots].
 
-python scripts/figures.py samples --out docs/samples.png
+python scripts/figures.py samples --seed 1 --out docs/samples.png
 python scripts/figures.py loss weights/tiny/losses.json --out weights/tiny/loss.png
 python scripts/figures.py kernels benchmarks/kernels.json --out docs/kernels.svg
 python scripts/figures.py steps benchmarks/steps.json --out docs/steps.svg
@@ -35,7 +35,7 @@ CAPTIONS = (
 
 
 def samples(out: Path, seed: int) -> None:
-    """One video of each of CAPTIONS, as generate makes it: PAB_246 and one seed for all, none picked."""
+    """One video of each of CAPTIONS, as generate makes it: PAB_246 and one seed for all."""
     model = minidit.load("tiny")
     videos = [minidit.generate(model, caption, seed=seed)[0] for caption in CAPTIONS]
     sheet(videos, CAPTIONS).save(out)

@@ -48,9 +48,10 @@ def pixels(path):
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
 
 
-def test_two_processes_make_the_video_of_one(torchrun, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--no-split-guidance"]], ids=["a half each", "tokens shared"])
+def test_two_processes_make_the_video_of_one(options, torchrun, tmp_path):
     assert cli.main(["generate", CAPTION, "--steps", "4", "--out", str(tmp_path / "1.png")]) == 0
-    generated(torchrun, 2, "2.png")
+    generated(torchrun, 2, "2.png", *options)
     difference = (pixels(tmp_path / "2.png") - pixels(tmp_path / "1.png")).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.001  # sums in another order
 
