@@ -147,8 +147,7 @@ def parser() -> Parser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make.add_argument("--device", choices=("cpu", "cuda"), default=device, help="%(default)s, if not given")
     make.add_argument("--data", type=whole(1, 4096), default=1, metavar="N", help="torchrun: groups for --prompts")
-    halves = "torchrun: each half on ranks of its own; else if the ranks divide, which is the faster"
-    make.add_argument("--split-guidance", action=argparse.BooleanOptionalAction, help=halves)
+    add_split(make)
     make.add_argument("--axis", choices=tuple(parallel.TRADED), help="torchrun: what ranks share; else the faster")
     make.add_argument("--compare", action="store_true", help="also without broadcast: side by side, and how alike")
 
@@ -159,7 +158,8 @@ def parser() -> Parser:
     add_run(show)
     show.add_argument("--dtype", choices=tuple(DTYPES), help="as generate would here; of opensora-1.2, bfloat16")
     show.add_argument("--ranks", type=counts, metavar="N[,N]", help="predict runs on so many GPUs, each, too")
-    show.add_argument("--link", type=number(0.001, 1e6), default=400, metavar="GB/S", help="out of a GPU (%(default)s)")
+    add_split(show)
+    show.add_argument("--link", type=number(0.001, 1e6), default=200, metavar="GB/S", help="out of a GPU (%(default)s)")
     show.add_argument("--compute", type=number(0.001, 1e6), default=500, metavar="TFLOP/S", help="of one (%(default)s)")
     show.add_argument("--json", metavar="FILE", help="write the plan there, too; -: print it, and nothing else")
 
@@ -191,6 +191,12 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resolution", choices=tuple(sizes.SIZES), help="of Open-Sora 1.2: instead of --size")
     command.add_argument("--ratio", metavar="H:W", help="of --resolution, the height first (9:16)")
     command.add_argument("--seconds", metavar="S", help="of Open-Sora 1.2: 2, 4, 8, 16, 32; instead of --frames")
+
+
+def add_split(command: argparse.ArgumentParser) -> None:
+    """How several ranks divide for guidance. None: as parallel.halves says."""
+    split = "torchrun: each half on ranks of its own; else if the ranks divide, which is the faster"
+    command.add_argument("--split-guidance", action=argparse.BooleanOptionalAction, help=split)
 
 
 def run_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
@@ -300,7 +306,8 @@ def generate(args: argparse.Namespace) -> None:
 def layout(args: argparse.Namespace, config: ModelConfig, device: torch.device) -> tuple[Layout, int]:
     """The ranks that make a video with this one, and which group of such they are."""
     if parallel.world() > 1:
-        return parallel.layout(device, guidance=halves(args, config), data=args.data, axis=args.axis)
+        each = parallel.world() // args.data
+        return parallel.layout(device, guidance=halves(args, config, each), data=args.data, axis=args.axis)
     if args.split_guidance is not None or args.axis or args.data > 1:
         raise ValueError("--split-guidance, --axis and --data are for several ranks: start them with torchrun")
     return parallel.ALONE, 0
@@ -352,16 +359,16 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     return Making(pipe, config, pyramid, options, fps, args.compare)
 
 
-def halves(args: argparse.Namespace, config: ModelConfig) -> int:
-    """The groups of ranks for guidance: two, each with a half, where there are halves and the ranks divide."""
-    if args.split_guidance is not None:
-        return 2 if args.split_guidance else 1
-    return 2 if config.sampling.guidance != 1 and parallel.world() // args.data % 2 == 0 else 1
+def halves(args: argparse.Namespace, config: ModelConfig, ranks: int) -> int:
+    """The groups, for guidance, of the ranks of a video: as is asked for, or as parallel.halves says."""
+    asked: bool | None = args.split_guidance
+    return parallel.halves(ranks, config.sampling.guidance) if asked is None else 1 + asked
 
 
 def sharing(args: argparse.Namespace, config: ModelConfig) -> int:
     """The ranks that share the tokens of a video."""
-    return max(1, parallel.world() // args.data // halves(args, config))
+    each = parallel.world() // args.data
+    return max(1, each // halves(args, config, each))
 
 
 def named(args: argparse.Namespace) -> str:
@@ -395,6 +402,9 @@ def plan(args: argparse.Namespace) -> None:
     dtype = args.dtype or ("bfloat16" if preset or torch.cuda.is_available() else "float32")
     loop = references.read_loop(args.loop)
     references.check([], loop, config)
+    groups = {count: halves(args, config, count) for count in args.ranks or ()}
+    if odd := [count for count, parts in groups.items() if count % parts]:
+        raise ValueError(f"--split-guidance: {odd[0]} ranks do not divide into two halves")
     report = replace(pipeline.predict(config, DTYPES[dtype], pyramid), clips=loop.clips)
     if args.json == "-":
         print(report.plan.to_json())
@@ -405,11 +415,11 @@ def plan(args: argparse.Namespace) -> None:
     print(report.plan)
     print("'.' compute, S compute and store, R reuse; held: updates in the cache after the call\n")
     print(report)
-    if args.ranks:
+    if groups:
         speed = parallel.Speed(args.compute * 1e12, args.link * 1e9)
         _, latent = pipeline.schedule(config, DTYPES[dtype])
         print(f"\npredicted, at {args.compute:g} TFLOP/s and {args.link:g} GB/s of each rank; * is what a run chooses")
-        print(parallel.table(report.plan, report.cost, config.tokens(latent), args.ranks, speed))
+        print(parallel.table(report.plan, report.cost, config.tokens(latent), groups, speed))
     if args.json:
         print(f"\nwrote {args.json}")
 

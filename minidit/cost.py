@@ -24,6 +24,14 @@ class Cost:
     update_bytes: int  # of one kept update, or of the tokens
     output_bytes: int  # of what the final layer makes
 
+    def share(self, groups: int) -> Cost:
+        """Of each of so many equal parts of the batch."""
+        parts = {part: operations // groups for part, operations in self.parts.items()}
+        rest, prepare, update, output = (
+            amount // groups for amount in (self.rest, self.prepare, self.update_bytes, self.output_bytes)
+        )
+        return Cost(parts, rest, prepare, update, output)
+
 
 def cost(config: ModelConfig, *, batch: int, latent: tuple[int, int, int], caption_length: int, itemsize: int) -> Cost:
     """latent: (T, H, W); caption_length: tokens, the padded ones among them; itemsize: bytes of a number."""

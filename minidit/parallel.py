@@ -11,7 +11,7 @@ Guidance: the captions on one group of ranks, the null captions on another. Data
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -155,10 +155,10 @@ def traffic(plan: Plan, price: Cost, tokens: tuple[int, int], *, axis: Axis, ran
 
 @dataclass(frozen=True)
 class Speed:
-    """Of the ranks, to predict how long a run takes. Those of H100s with NVLink, unless they are given."""
+    """Of the ranks, to predict how long a run takes: unless given, what H100s and H200s with NVLink were seen to do."""
 
     compute: float = 500e12  # floating-point operations a second of one rank
-    link: float = 400e9  # bytes a second out of one rank
+    link: float = 200e9  # bytes a second out of one rank, of all-to-alls of some hundred MB
 
 
 H100 = Speed()
@@ -183,19 +183,33 @@ def choose_axis(plan: Plan, price: Cost, tokens: tuple[int, int], *, ranks: int,
     return "places" if total("places") < total("frames") else "frames"
 
 
-def table(plan: Plan, price: Cost, tokens: tuple[int, int], ranks: Sequence[int], speed: Speed) -> str:
-    """What the plan's run would communicate and how long it would take, predicted, for numbers of ranks."""
-    lines = ["ranks  shared   largest share  GB sent  Ulysses  all-to-alls  compute s  communicate s  in all s"]
-    for count in ranks:
+def halves(ranks: int, guidance: float) -> int:
+    """The groups of a video's ranks for guidance: two, with a half each, if there are halves and the ranks divide."""
+    return 2 if guidance != 1 and ranks % 2 == 0 else 1
+
+
+def table(plan: Plan, price: Cost, tokens: tuple[int, int], groups: Mapping[int, int], speed: Speed) -> str:
+    """What the plan's run would communicate and how long it would take, predicted, for numbers of ranks.
+
+    groups: for each number, into how many it is divided for guidance. What joins the halves again is left out.
+    """
+    lines = [
+        "ranks  guidance  shared   largest share  GB sent  Ulysses  all-to-alls  compute s  communicate s  in all s"
+    ]
+    for count, halves in groups.items():
+        ranks, part = count // halves, price.share(halves)
+        chosen = choose_axis(plan, part, tokens, ranks=ranks, speed=speed)
         for axis, size in zip(TRADED, tokens, strict=True):
-            found = traffic(plan, price, tokens, axis=axis, ranks=count)
-            computing, communicating = seconds(plan, price, tokens, axis=axis, ranks=count, speed=speed)
-            share = f"{shares(size, count)[0]} of {size}"
-            chosen = "*" if axis == choose_axis(plan, price, tokens, ranks=count, speed=speed) else " "
+            if ranks == 1 and axis != chosen:  # nothing is shared along either
+                continue
+            found = traffic(plan, part, tokens, axis=axis, ranks=ranks)
+            computing, communicating = seconds(plan, part, tokens, axis=axis, ranks=ranks, speed=speed)
+            shared = "-" if ranks == 1 else f"{axis}{'*' * (axis == chosen)}"
+            share = "-" if ranks == 1 else f"{shares(size, ranks)[0]} of {size}"
             lines.append(
-                f"{count:>5}  {axis:<6}{chosen}  {share:>13}  {found.mean / 1e9:>7.2f}  {2 * found.mean / 1e9:>7.2f}"
-                f"  {found.trades + found.gathers:>11}  {computing:>9.2f}  {communicating:>13.3f}"
-                f"  {computing + communicating:>8.2f}"
+                f"{count:>5}  {'apart' if halves > 1 else 'together':<8}  {shared:<7}  {share:>13}"
+                f"  {found.mean / 1e9:>7.2f}  {2 * found.mean / 1e9:>7.2f}  {found.trades + found.gathers:>11}"
+                f"  {computing:>9.2f}  {communicating:>13.3f}  {computing + communicating:>8.2f}"
             )
     return "\n".join(lines)
 

@@ -613,6 +613,7 @@ def test_a_file_of_captions_that_is_interrupted_is_taken_up_with_the_same_videos
         (["--prompts", "nowhere", "--out", "videos"], "nowhere: No such file"),
         (["a circle", "--axis", "frames"], "are for several ranks: start them with torchrun"),
         (["a circle", "--data", "2"], "are for several ranks: start them with torchrun"),
+        (["a circle", "--no-split-guidance"], "are for several ranks: start them with torchrun"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(complaint, argv, said):
@@ -638,15 +639,40 @@ def test_the_halves_of_guidance_are_apart_where_the_ranks_divide(
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     args = cli.parser().parse_args(["generate", "a red circle rises", *options])
     config = pipeline.asked(checkpoint.load_config("tiny"), guidance=guidance)
-    assert (cli.halves(args, config), cli.sharing(args, config)) == (groups, sharing)
+    assert (cli.halves(args, config, ranks // args.data), cli.sharing(args, config)) == (groups, sharing)
 
 
 def test_the_plan_for_several_ranks_is_the_papers_table(capsys):
-    out = planned(capsys, *OPEN_SORA, "--pyramid", "none", "--ranks", "1,8", "--link", "50")
+    options = ("--pyramid", "none", "--ranks", "1,8", "--link", "50", "--no-split-guidance")
+    out = planned(capsys, *OPEN_SORA, *options)
     assert "predicted, at 500 TFLOP/s and 50 GB/s of each rank" in out
-    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("1 ", "8 "))]
-    assert ["8", "frames", "2", "of", "15", "23.08", "46.16", "1710"] in [row[:8] for row in rows]
-    assert all(row[5:8] == ["0.00", "0.00", "0"] for row in rows if row[0] == "1" and "of" in row)
+    one, frames, places = (line.split() for line in out.splitlines() if " together " in line)
+    assert one[:7] == ["1", "together", "-", "-", "0.00", "0.00", "0"]
+    assert frames[:9] == ["8", "together", "frames", "2", "of", "15", "23.08", "46.16", "1710"]
+    assert places[:6] == ["8", "together", "places*", "199", "of", "1590"]
+
+
+def test_the_plan_for_several_ranks_has_the_halves_of_guidance_apart_as_a_run_has(capsys):
+    out = planned(capsys, *OPEN_SORA, "--pyramid", "none", "--ranks", "1,2,3,8")
+    rows = [line.split() for line in out.splitlines() if " together " in line or " apart " in line]
+    assert [row[:3] for row in rows] == [
+        ["1", "together", "-"],
+        ["2", "apart", "-"],
+        ["3", "together", "frames*"],
+        ["3", "together", "places"],
+        ["8", "apart", "frames"],
+        ["8", "apart", "places*"],
+    ]
+    assert rows[4][3:7] == ["4", "of", "15", "23.08"]  # half of the batch on half as many ranks
+    (one, two) = (float(row[-1]) for row in rows[:2])
+    assert two == pytest.approx(one / 2, abs=0.01)
+    alone = planned(capsys, *OPEN_SORA, "--ranks", "2", "--guidance", "1")  # no halves
+    assert " together " in alone and " apart " not in alone
+
+
+def test_an_odd_number_of_ranks_has_no_halves_for_guidance(complaint):
+    said = "minidit: --split-guidance: 3 ranks do not divide into two halves\n"
+    assert complaint("plan", "--ranks", "2,3", "--split-guidance") == said
 
 
 @pytest.mark.parametrize("argv", [["draw"], ["generate"], ["convert"], ["--model", "tiny"]])
