@@ -62,6 +62,13 @@ def test_the_axis_is_the_one_that_is_done_earlier():
     assert communicating == pytest.approx((busiest + gathers) * 7 / 8 / 1e9)
 
 
+def test_half_of_a_batch_costs_half():
+    for config in PRESETS.values():
+        latent = pipeline.schedule(config, torch.bfloat16)[1]
+        four, two = (cost(config, batch=b, latent=latent, caption_length=5, itemsize=2) for b in (4, 2))
+        assert four.share(2) == two and four.share(1) == four
+
+
 @given(st.integers(0, 100), st.integers(1, 12))
 def test_shares_are_even_and_add_up(size, ranks):
     own = shares(size, ranks)
