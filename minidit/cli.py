@@ -342,8 +342,14 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     if config.captions is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
         decoding = args.decoder_memory and args.decoder_memory * 2**30
+        ranks = max(1, parallel.world() // args.data)
         run = fitting.Run(
-            config=config, pyramid=pyramid, two_calls=args.two_calls, offload=args.offload, ranks=sharing(args, config)
+            config=config,
+            pyramid=pyramid,
+            two_calls=args.two_calls,
+            offload=args.offload,
+            ranks=ranks,
+            halves=halves(args, config, ranks),
         )
         peaks, options["tile"] = fitting.fit(pipe, run, free, decoding=decoding)
         if parallel.rank() == 0:
@@ -363,12 +369,6 @@ def halves(args: argparse.Namespace, config: ModelConfig, ranks: int) -> int:
     """The groups, for guidance, of the ranks of a video: as is asked for, or as parallel.halves says."""
     asked: bool | None = args.split_guidance
     return parallel.halves(ranks, config.sampling.guidance) if asked is None else 1 + asked
-
-
-def sharing(args: argparse.Namespace, config: ModelConfig) -> int:
-    """The ranks that share the tokens of a video."""
-    each = parallel.world() // args.data
-    return max(1, each // halves(args, config, each))
 
 
 def named(args: argparse.Namespace) -> str:

@@ -12,7 +12,7 @@ from minidit import memory
 from minidit.broadcast import Pyramid
 from minidit.config import ModelConfig
 from minidit.decoders import Decoder
-from minidit.parallel import choose_axis, shares
+from minidit.parallel import choose_axis, halves, shares
 from minidit.pipeline import Pipeline, asked, predict, readable
 from minidit.stages import Prompts
 from minidit.tiling import Tile
@@ -30,7 +30,8 @@ class Run:
     captions: int = 1  # of a batch
     two_calls: bool = False
     offload: bool = False
-    ranks: int = 1  # that share the tokens
+    ranks: int = 1  # that make the video together
+    halves: int = 1  # into which they are divided for guidance
 
 
 def peaks(pipe: Pipeline, run: Run) -> dict[str, int]:
@@ -58,20 +59,21 @@ def model(pipe: Pipeline, run: Run) -> tuple[int, int]:
     _, latent = pipe.schedule(run.config)
     expected = predict(run.config, pipe.dtype, run.pyramid, captions=run.captions)
     tokens = run.config.tokens(latent)
-    axis = choose_axis(expected.plan, expected.cost, tokens, ranks=run.ranks)
-    frames, places = (shares(size, run.ranks) for size in tokens)
+    sharing = run.ranks // run.halves
+    axis = choose_axis(expected.plan, expected.cost.share(run.halves), tokens, ranks=sharing)
+    frames, places = (shares(size, sharing) for size in tokens)
     part, size = (frames[0], tokens[0]) if axis == "frames" else (places[0], tokens[1])
-    batch = run.captions * (1 if run.two_calls or run.config.sampling.guidance == 1 else 2)
+    apart = run.two_calls or run.halves > 1 or run.config.sampling.guidance == 1
     bytes = memory.of_model(
         run.config,
         pipe.dtype,
         latent=latent,
-        batch=batch,
+        batch=run.captions * (1 if apart else 2),
         cache_bytes=0,
         offload=run.offload,
-        shares=memory.Alone(axis, frames, places) if run.ranks > 1 else None,
+        shares=memory.Alone(axis, frames, places) if sharing > 1 else None,
     )
-    return bytes, expected.peak_bytes * part // size
+    return bytes, expected.peak_bytes // run.halves * part // size
 
 
 def fit(pipe: Pipeline, run: Run, free: float, *, decoding: float | None = None) -> tuple[dict[str, int], Tile | None]:
@@ -128,7 +130,8 @@ def others(pipe: Pipeline, run: Run, free: float) -> Iterator[str]:
     yield from one
     if not one and len(alike) > 1 and fits(**{key: value for part in alike.values() for key, value in part.items()}):
         yield f"{' '.join(alike)} together"
-    if (ranks := next((n for n in RANKS if n > run.ranks and fits(ranks=n)), None)) is not None:
+    more = (n for n in RANKS if n > run.ranks and fits(ranks=n, halves=halves(n, sampling.guidance)))
+    if (ranks := next(more, None)) is not None:
         yield f"torchrun with {ranks} ranks"
 
 

@@ -621,25 +621,20 @@ def test_what_does_not_go_together_is_one_line(complaint, argv, said):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "options", "guidance", "groups", "sharing"),
+    ("ranks", "options", "guidance", "groups"),
     [
-        (1, [], 3.0, 1, 1),
-        (2, [], 3.0, 2, 1),
-        (8, [], 3.0, 2, 4),
-        (3, [], 3.0, 1, 3),  # does not divide
-        (8, [], 1.0, 1, 8),  # has no halves
-        (8, ["--data", "4"], 3.0, 2, 1),
-        (6, ["--data", "2"], 3.0, 1, 3),
-        (8, ["--no-split-guidance"], 3.0, 1, 8),
+        (1, [], 3.0, 1),
+        (2, [], 3.0, 2),
+        (8, [], 3.0, 2),
+        (3, [], 3.0, 1),  # does not divide
+        (8, [], 1.0, 1),  # has no halves
+        (8, ["--no-split-guidance"], 3.0, 1),
     ],
 )
-def test_the_halves_of_guidance_are_apart_where_the_ranks_divide(
-    ranks, options, guidance, groups, sharing, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+def test_the_halves_of_guidance_are_apart_where_the_ranks_divide(ranks, options, guidance, groups):
     args = cli.parser().parse_args(["generate", "a red circle rises", *options])
     config = pipeline.asked(checkpoint.load_config("tiny"), guidance=guidance)
-    assert (cli.halves(args, config, ranks // args.data), cli.sharing(args, config)) == (groups, sharing)
+    assert cli.halves(args, config, ranks) == groups
 
 
 def test_the_plan_for_several_ranks_is_the_papers_table(capsys):

@@ -10,7 +10,7 @@ from families import FAMILIES
 from minidit import cli, memory
 from minidit.broadcast import PAB_246
 from minidit.fitting import Run, fit, model, peaks
-from minidit.parallel import shares
+from minidit.parallel import halves, shares
 from minidit.pipeline import Pipeline, asked, schedule
 from minidit.stages import Classes, Pixels
 
@@ -39,7 +39,7 @@ def changed(run, option):
             height, width = cli.size(value)
             return replace(run, config=asked(run.config, height=height, width=width))
         case "torchrun with":
-            return replace(run, ranks=int(value))
+            return replace(run, ranks=int(value), halves=halves(int(value), run.config.sampling.guidance))
         case "--pyramid none":
             return replace(run, pyramid=None)
         case "--two-calls":
@@ -70,6 +70,14 @@ def test_what_is_said_to_fit_fits_and_a_frame_or_step_of_the_size_more_does_not(
     frames, (height, _) = int(options[0].split()[1]), cli.size(options[1].split()[1])
     for more in ({"frames": frames + 1}, {"height": height + 8, "width": (height + 8) * 3 // 2}):
         assert peaks(pipe, replace(run, config=asked(run.config, **more)))["model"] > free
+
+
+def test_a_rank_with_a_half_of_guidance_holds_what_one_of_two_calls_does_and_keeps_half(pipe, run):
+    (_, kept), (one_call, both) = model(pipe, run), model(pipe, replace(run, two_calls=True))
+    assert kept == both > 0
+    assert model(pipe, replace(run, ranks=2, halves=2)) == (one_call, kept // 2)
+    four, tokens = replace(run, ranks=4, halves=2), replace(run, ranks=2)
+    assert sum(model(pipe, four)) < sum(model(pipe, tokens)) < sum(model(pipe, run))
 
 
 def test_where_nothing_fits_there_is_the_cpu(pipe, run):
