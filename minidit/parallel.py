@@ -196,8 +196,8 @@ def table(plan: Plan, price: Cost, tokens: tuple[int, int], groups: Mapping[int,
     lines = [
         "ranks  guidance  shared   largest share  GB sent  Ulysses  all-to-alls  compute s  communicate s  in all s"
     ]
-    for count, halves in groups.items():
-        ranks, part = count // halves, price.share(halves)
+    for count, divided in groups.items():
+        ranks, part = count // divided, price.share(divided)
         chosen = choose_axis(plan, part, tokens, ranks=ranks, speed=speed)
         for axis, size in zip(TRADED, tokens, strict=True):
             if ranks == 1 and axis != chosen:  # nothing is shared along either
@@ -207,7 +207,7 @@ def table(plan: Plan, price: Cost, tokens: tuple[int, int], groups: Mapping[int,
             shared = "-" if ranks == 1 else f"{axis}{'*' * (axis == chosen)}"
             share = "-" if ranks == 1 else f"{shares(size, ranks)[0]} of {size}"
             lines.append(
-                f"{count:>5}  {'apart' if halves > 1 else 'together':<8}  {shared:<7}  {share:>13}"
+                f"{count:>5}  {'apart' if divided > 1 else 'together':<8}  {shared:<7}  {share:>13}"
                 f"  {found.mean / 1e9:>7.2f}  {2 * found.mean / 1e9:>7.2f}  {found.trades + found.gathers:>11}"
                 f"  {computing:>9.2f}  {communicating:>13.3f}  {computing + communicating:>8.2f}"
             )
