@@ -1,0 +1,107 @@
+"""What the documentation says was measured is what the committed files say, and those say where they come from."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import bench
+import bench_kernels
+import bench_parallel
+import bench_stages
+
+ROOT = Path(__file__).parents[1]
+TABLES = {"kernels": bench_kernels, "steps": bench, "stages": bench_stages, "parallel": bench_parallel}
+README, KERNELS = (ROOT / "README.md").read_text(), (ROOT / "kernels" / "README.md").read_text()
+
+
+def measured(name):
+    return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+
+
+def cells(text, start):
+    """Of the row of a Markdown table that starts so, the first number in each cell after the first."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    numbers = [re.search(r"[\d.]+", cell) for cell in row.split("|")[2:-1]]
+    return [number and float(number[0]) for number in numbers]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_of_measurements_is_made_of_the_files(name):
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    section = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", page, re.S)[1]
+    assert section == TABLES[name].table(measured(name))
+
+
+@pytest.mark.parametrize("name", [*TABLES, "quality", "time"])
+def test_every_file_names_its_device_versions_commit_and_command(name):
+    found = measured(name)
+    for origin in found.get("launches", [found]):
+        assert re.fullmatch(r"[0-9a-f]{7,}", origin["commit"])  # of a tree that was committed
+        assert re.match(r"(python|torchrun --nproc-per-node \d) scripts/\w+\.py", origin["command"])
+        assert origin["device"] and origin["torch"] and origin["python"]
+
+
+def test_the_readmes_steps_are_the_measured_ones():
+    rows = {(row["case"], row["recipe"], row["impl"]): row for row in measured("steps")["rows"]}
+    ours, torch = (rows["480p-2s", "none", impl] for impl in ("auto", "torch"))
+    peer = bench.PEERS["480p-2s", "none"]
+    assert cells(README, "a step")[:2] == [round(row["step_s"], 3) for row in (ours, torch)]
+    assert cells(README, "30 steps") == [round(ours["run_s"], 2), round(torch["run_s"], 2), peer.seconds]
+    ours, torch = (rows["480p-2s", "pab-246", impl] for impl in ("auto", "torch"))
+    peer = bench.PEERS["480p-2s", "pab-246"]
+    assert cells(README, "30 steps, PAB_246") == [round(ours["run_s"], 2), round(torch["run_s"], 2), peer.seconds]
+    for name in ("240p 2s", "480p 2s", "480p 4s", "480p 8s", "720p 2s"):
+        plain, broadcast = (rows[name.replace(" ", "-"), recipe, "auto"] for recipe in ("none", "pab-246"))
+        expected = [round(plain["step_s"] * 1000), round(100 * plain["of_matmul"])]
+        assert cells(KERNELS, name)[:4] == [*expected, round(plain["run_s"], 2), round(broadcast["run_s"], 2)]
+
+
+def test_the_kernels_page_has_the_measured_times():
+    rows = {row["case"]: row for row in measured("kernels")["rows"]}
+    said = {
+        "spatial, QK-RMSNorm included": "spatial 480p 2s",
+        "the same, S 3600": "spatial 720p 2s",
+        "temporal, 15 frames, QK-RMSNorm and RoPE included": "temporal 480p 2s",
+        "temporal, 60 frames": "temporal 480p 8s",
+        "cross, 100 tokens": "cross, 100 keys",
+        "cross, 300 tokens": "cross, 300 keys",
+    }
+    for start, case in said.items():
+        ours, whole, alone = (
+            rows[case]["candidates"]["ours"],
+            *(bench_kernels.best(rows[case], alone=alone)[1] for alone in (False, True)),
+        )
+        found = cells(KERNELS, start)
+        assert [found[0], *found[2:4]] == [round(it["ms"], 3) for it in (ours, whole, alone)]
+        assert ("**" in KERNELS.split(f"| {start} |")[1].split("|")[0]) == (ours["ms"] > rows[case]["target_ms"])
+
+
+def test_the_readmes_stages_are_the_measured_ones():
+    for row in measured("stages")["rows"]:
+        line = next(line for line in README.splitlines() if line.startswith(f"| {row['case'][:4]} | {row['recipe']} |"))
+        found = [float(cell) for cell in line.split("|")[3:8]]
+        stages = row["stages"]
+        moving = sum(stage["moving_s"] for stage in stages.values())
+        seconds = [stages[name]["seconds"] for name in bench_stages.STAGES]
+        assert found == pytest.approx([*seconds, row["file_s"], moving], abs=0.0051)
+
+
+def test_the_readmes_runs_on_several_gpus_are_the_measured_ones():
+    rows = measured("parallel")["rows"]
+    took = {
+        (row["case"], row["recipe"], row["ranks"], row["guidance"]): row["seconds"]
+        for row in rows
+        if row["axis"] in ("-", "auto")
+    }
+    for case in ("480p 2s", "480p 8s", "720p 2s"):
+        line = README.split("two, guidance split", 1)[1].split(f"| {case} |", 1)[1].splitlines()[0]
+        one, two, four, gain, _ = line.split("|")
+        name, runs = case.replace(" ", "-"), ((one, 1, "together"), (two, 2, "apart"), (four, 4, "apart"))
+        plain, kept = (took[name, recipe, 1, "together"] for recipe in ("none", "pab-246"))
+        for cell, ranks, guidance in runs:
+            each = [took[name, recipe, ranks, guidance] for recipe in ("none", "pab-246")]
+            faster = [] if ranks == 1 else [plain / each[0], kept / each[1]]
+            assert [float(n) for n in re.findall(r"[\d.]+", cell)] == pytest.approx([*each, *faster], abs=0.0051)
+        assert float(gain.split()[0]) == pytest.approx(plain / took[name, "pab-246", 4, "apart"], abs=0.0051)
