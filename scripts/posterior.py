@@ -6,8 +6,8 @@ Its videos are drawn by program, so the best prediction of a noised video can be
 the caption may mean, weighted by how likely each of them makes what is seen. A sample stands for all scenes. As long as
 many of them share the weight, its error is that of the best; where few do (the last column), the best is better still.
 Where there is little noise, none but scenes near the true one are likely, and the sample is of those: within so many
-pixels of it, in the second column. Such a sample knows more than there is to know: where scenes farther away are likely,
-too, its best is too good. At t = 0.94, which is shown in both ways, the truth lies between them.
+pixels of it, in the second column. Such a sample knows more than there is to know: where scenes farther away are
+likely, too, its best is too good. At t = 0.94, which is shown in both ways, the truth lies between them.
 """
 
 from __future__ import annotations
