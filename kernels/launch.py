@@ -39,7 +39,7 @@ def insist(op: str, reason: str | None) -> None:
 
 
 def tiles(size: int, tile: int) -> int:
-    """How many tiles hold so many."""
+    """How many tiles hold so many. Triton's own cdiv is slow outside of a kernel, and asked for at every launch."""
     return -(-size // tile)
 
 

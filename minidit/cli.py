@@ -306,8 +306,8 @@ def generate(args: argparse.Namespace) -> None:
 def layout(args: argparse.Namespace, config: ModelConfig, device: torch.device) -> tuple[Layout, int]:
     """The ranks that make a video with this one, and which group of such they are."""
     if parallel.world() > 1:
-        each = parallel.world() // args.data
-        return parallel.layout(device, guidance=halves(args, config, each), data=args.data, axis=args.axis)
+        guidance = halves(args, config, ranks_of_a_video(args))
+        return parallel.layout(device, guidance=guidance, data=args.data, axis=args.axis)
     if args.split_guidance is not None or args.axis or args.data > 1:
         raise ValueError("--split-guidance, --axis and --data are for several ranks: start them with torchrun")
     return parallel.ALONE, 0
@@ -342,7 +342,7 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     if config.captions is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
         decoding = args.decoder_memory and args.decoder_memory * 2**30
-        ranks = max(1, parallel.world() // args.data)
+        ranks = ranks_of_a_video(args)
         run = fitting.Run(
             config=config,
             pyramid=pyramid,
@@ -363,6 +363,10 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
         print(f"minidit: note: trained on {best}; {asked} will run, but expect worse", file=sys.stderr)
     fps = args.fps or config.sampling.fps
     return Making(pipe, config, pyramid, options, fps, args.compare)
+
+
+def ranks_of_a_video(args: argparse.Namespace) -> int:
+    return max(1, parallel.world() // args.data)
 
 
 def halves(args: argparse.Namespace, config: ModelConfig, ranks: int) -> int:

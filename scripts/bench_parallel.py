@@ -330,13 +330,12 @@ def prepared(
     for name, config in cases.items():
         model, given = bench.build(config, device)
         for recipe in dict.fromkeys(args.recipes):
-            plan = pipeline.predict(config, model.dtype, RECIPES[recipe]).plan
-            latent = pipeline.schedule(config, model.dtype)[1]
-            auto = dict[int, Axis]()
-            for halves in GUIDANCE.values():
-                length, itemsize = int(given.lengths), model.dtype.itemsize
-                price = cost(config, batch=2 // halves, latent=latent, caption_length=length, itemsize=itemsize)
-                auto[halves] = choose_axis(plan, price, config.tokens(latent), ranks=max(1, world // halves))
+            expected = pipeline.predict(config, model.dtype, RECIPES[recipe], caption_length=int(given.lengths))
+            plan, tokens = expected.plan, config.tokens(pipeline.schedule(config, model.dtype)[1])
+            auto = {
+                halves: choose_axis(plan, expected.cost.share(halves), tokens, ranks=max(1, world // halves))
+                for halves in GUIDANCE.values()
+            }
             ways = combinations(world, tuple(dict.fromkeys(args.axes)), tuple(dict.fromkeys(args.guidance)), auto)
             yield Bench(name, recipe, config, model, given, plan, args.quick), ways
         del model, given
@@ -385,7 +384,7 @@ def broken_off(error: Exception, where: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line()
-    world, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
+    world, first = parallel.world(), parallel.rank() == 0
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -61,15 +61,12 @@ CAPTION = (
 # google/t5-v1_1-xxl config.json
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 T5_SMALL = {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 128}
-VAE_SMALL = VAEConfig(
-    channels=4,
-    chunk=17,
+VAE_SMALL = replace(
+    OPENSORA_VAE_12,
     spatial_dims=(8, 8, 8, 8),
     spatial_depth=1,
     spatial_groups=4,
-    spatial_scale=0.18215,
     temporal_dims=(8, 8, 8, 8),
-    temporal_halves=OPENSORA_VAE_12.temporal_halves,
     temporal_depth=1,
     temporal_groups=4,
 )

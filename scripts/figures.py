@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import judge
 import minidit
+import shapes
 from bench import GROUPS, PEERS_DEVICE, SOURCE, peer_of
 from bench_kernels import best
 from measuring import signed
@@ -35,10 +37,12 @@ CAPTIONS = (
 
 
 def samples(out: Path, seed: int) -> None:
-    """One video of each of CAPTIONS, as generate makes it: PAB_246 and one seed for all."""
+    """One video of each of CAPTIONS, as generate makes it: PAB_246 and one seed for all. Says how many are right."""
     model = minidit.load("tiny")
     videos = [minidit.generate(model, caption, seed=seed)[0] for caption in CAPTIONS]
     sheet(videos, CAPTIONS).save(out)
+    right = sum(judge.accepts(v, shapes.parse(c)) for v, c in zip(videos, CAPTIONS, strict=True))
+    print(f"seed {seed}: the judge accepts {right} of {len(CAPTIONS)}")
 
 
 def loss(stages: Any, out: Path) -> None:

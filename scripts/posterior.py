@@ -17,6 +17,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,10 @@ def sample(scenes: Sequence[Scene]) -> Sample:
 
 
 def near(true: Scene, far: float, count: int, seed: str) -> Sample:
-    """Of scenes that differ from a true one by at most so many pixels, in the middle of the path."""
+    """Of scenes like a true one: x and y of its middle, and its radius, differ by at most so many pixels.
+
+    The length of its path differs by at most twice as much, and the grey behind it by a fiftieth.
+    """
     (actor,), rng = true.actors, random.Random(seed)
     found, logs = list[Scene](), list[float]()
 
@@ -90,14 +94,7 @@ def near(true: Scene, far: float, count: int, seed: str) -> Sample:
         if any(first >= last for first, last in rooms):  # with this path there is none so near
             continue
         centre = (rng.uniform(*rooms[0]), rng.uniform(*rooms[1]))
-        moved = shapes.Actor(
-            colour=actor.colour,
-            shape=actor.shape,
-            motion=actor.motion,
-            radius=radius,
-            centre=centre,
-            extent=extent,
-        )
+        moved = replace(actor, radius=radius, centre=centre, extent=extent)
         found.append(Scene(actors=(moved,), background=number(true.background, far / 50, GREYS)))
         logs.append(sum(math.log((b - a) / (SIZE - 2 * edge)) for (a, b), edge in zip(rooms, edges, strict=True)))
     return Sample(drawn(found), torch.tensor(logs))

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import judge
 import shapes
-from minidit import checkpoint, samplers, video
+from minidit import checkpoint, parallel, samplers, video
 from minidit.config import CaptionConfig, ModelConfig, Positions, Sampling
 from minidit.model import DiT
 from minidit.pipeline import generate
@@ -153,7 +153,7 @@ def initialise(model: DiT) -> None:
 def times(u: Tensor) -> Tensor:
     """Evenly distributed u (B,) in 0..1 -> t (B,): as a run's steps are, but for SHARE of them, which are DECIDING."""
     shift = TINY.sampling.shift or 1.0
-    first, last = (samplers.shifted(torch.tensor(t), 1 / shift).item() for t in DECIDING)
+    first, last = (samplers.shifted(t, 1 / shift) for t in DECIDING)
     below = (1 - SHARE) * first / (1 - (last - first))  # of the samples
     inside = first + (u - below) / SHARE * (last - first)
     u = torch.where(u < below, u * first / below, inside.where(u < below + SHARE, 1 - (1 - u) * first / below))
@@ -368,7 +368,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_float32_matmul_precision("high")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = parallel.rank(), parallel.world()
     device = torch.device(args.device)
     if world > 1:
         if device.type == "cuda":

@@ -315,6 +315,13 @@ def test_what_cannot_be_measured_is_said_in_one_line(script, argv, monkeypatch, 
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith(f"{script.__name__}.py: ")
 
 
+def test_the_sheet_of_samples_is_judged(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(figures, "CAPTIONS", figures.CAPTIONS[:1])
+    monkeypatch.setattr(figures.judge, "accepts", lambda video, wanted: video.shape[0] == 16 and len(wanted) == 1)
+    assert figures.main(["samples", "--seed", "1", "--out", str(tmp_path / "samples.png")]) == 0
+    assert capsys.readouterr().out == "seed 1: the judge accepts 1 of 1\n" and (tmp_path / "samples.png").exists()
+
+
 @pytest.mark.parametrize("what, row", [("kernels", kernel_row(ours=1.0, eager=4.0)), ("steps", step_row())])
 def test_a_picture_of_the_same_figures_is_the_same_file(what, row, tmp_path):
     pytest.importorskip("matplotlib")
