@@ -85,7 +85,7 @@ def attend(
         tile_n,
         "ieee" if wide else "tf32",
         num_warps=4,
-        num_stages=2 if wide else 4 if large else 3,
+        num_stages=2 if wide else 3,
     )
 
 
@@ -134,36 +134,39 @@ def _kernel(
         factor *= tl.rsqrt(square / E + 1e-6)
 
     most = tl.full([M], float("-inf"), tl.float32)  # the largest score of each row so far
-    total = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, 4], tl.float32)  # a row is in four threads: they add up what they have only at the end
     acc = tl.zeros([M, MAIN], tl.float32)
     acc2 = tl.zeros([M, TAIL if TAIL else 16], tl.float32)
-    # every tile is masked, where the last alone has to be: a descriptor that is read in a branch reads wrong numbers
-    # (Triton 3.6), and a loop of its own takes shared memory of its own
+    # both tiles of a head are asked for before the first is multiplied: two products in a row need not be waited for
     for start in range(0, length, N):
         k = k_main.load([sample, start, keys, 0]).reshape(N, MAIN)
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
         if TAIL:
             k2 = k_tail.load([sample, start, keys, MAIN]).reshape(N, TAIL)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        if TAIL:
             scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-        scores = tl.where((start + tl.arange(0, N))[None, :] < length, scores, float("-inf"))
+        if start + N > length:
+            scores = tl.where((start + tl.arange(0, N))[None, :] < length, scores, float("-inf"))
         if SEEK:
             most_now = tl.maximum(most, tl.max(scores, 1) * factor)
-            shrink = tl.exp2(most - most_now)
+            shrink = tl.exp2(most - most_now)[:, None]
             total *= shrink
-            acc *= shrink[:, None]
-            acc2 *= shrink[:, None]
+            acc *= shrink
+            acc2 *= shrink
             most = most_now
             weight = tl.exp2(scores * factor[:, None] - most[:, None])
         else:
             weight = tl.exp2(scores * factor[:, None])
-        total += tl.sum(weight, 1)
+        total += tl.sum(tl.sum(weight.reshape(M, N // 8, 4, 2), 3), 1)
         weight = weight.to(dtype)
         v = v_main.load([sample, start, values, 0]).reshape(N, MAIN)
-        acc = tl.dot(weight, v, acc, input_precision=PRECISION)
         if TAIL:
             v2 = v_tail.load([sample, start, values, MAIN]).reshape(N, TAIL)
+        acc = tl.dot(weight, v, acc, input_precision=PRECISION)
+        if TAIL:
             acc2 = tl.dot(weight, v2, acc2, input_precision=PRECISION)
 
+    total = tl.sum(total, 1)
     share = 1 / tl.where(total == 0, 1, total)[:, None]  # a caption of no tokens adds nothing
     out_main.store([sample, first, head, 0], (acc * share).to(dtype).reshape(1, M, 1, MAIN))
     if TAIL:
