@@ -20,7 +20,7 @@ def why_not(x: Tensor, *updates: Update) -> str | None:
 
 def add_updates(x: Tensor, *updates: Update) -> Tensor:
     """See reference.add_updates; equal to it bit for bit."""
-    launch.insist("add_updates", why_not(x, *updates))
+    launch.insist("add_updates", x, why_not(x, *updates))
     if not updates:
         return x
     b, t, s, d = x.shape

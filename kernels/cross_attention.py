@@ -23,7 +23,7 @@ def why_not(q: Tensor, kv: Tensor, lengths: Tensor | None) -> str | None:
 
 def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
     """See reference.cross_attention."""
-    launch.insist("cross_attention", why_not(q, kv, lengths))
+    launch.insist("cross_attention", q, why_not(q, kv, lengths))
     b, t, s, d = q.shape
     h, e = kv.shape[3:]
     queries = q.contiguous().view(b, t * s, h, e)

@@ -16,7 +16,7 @@ WIDEST = 16384  # channels of a tensor: a program may hold whole tokens
 
 
 def why_not(tensors: Iterable[Tensor | None]) -> str | None:
-    """Why no kernel takes these tensors together, None: one may. All of them have to be of one dtype."""
+    """Why no kernel takes these tensors together, None: one may, on a GPU. All of them have to be of one dtype."""
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return "a gradient is needed, which kernels do not compute"
@@ -27,13 +27,13 @@ def why_not(tensors: Iterable[Tensor | None]) -> str | None:
         return f"the tensors are {' and '.join(sorted(map(str, dtypes)))}, not all of float32, float16 or bfloat16"
     if any(tensor.shape[-1] > WIDEST for tensor in given):
         return f"tokens have more than {WIDEST} channels"
-    if next(iter(devices)).type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"the tensors are on {next(iter(devices))}, not on a GPU"
     return None
 
 
-def insist(op: str, reason: str | None) -> None:
-    """Raises Refused for a kernel that is called with what it does not take."""
+def insist(op: str, x: Tensor, reason: str | None) -> None:
+    """Raises Refused for a kernel that is called with what it does not take, or where there is none."""
+    if reason is None and x.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        reason = f"the tensors are on {x.device}, not on a GPU"
     if reason is not None:
         raise Refused(f"{op} cannot be computed by its Triton kernel: {reason}")
 

@@ -19,7 +19,7 @@ def why_not(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> str | 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, *updates: Update) -> tuple[Tensor, Tensor]:
     """See reference.norm_modulate; the sum is equal to it bit for bit, the norm is rounded once, at the end."""
-    launch.insist("norm_modulate", why_not(x, shift, scale, *updates))
+    launch.insist("norm_modulate", x, why_not(x, shift, scale, *updates))
     x = x.contiguous()
     b, t, s, d = x.shape
     total, out = torch.empty_like(x) if updates else x, torch.empty_like(x)

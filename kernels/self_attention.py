@@ -55,7 +55,7 @@ def self_attention(
     bound: float | None = None,
 ) -> Tensor:
     """See reference.self_attention; norm and rope are computed in float32 and rounded once."""
-    launch.insist("self_attention", why_not(qkv, heads, norm, rope, axis, bias=bias))
+    launch.insist("self_attention", qkv, why_not(qkv, heads, norm, rope, axis, bias=bias))
     qkv = qkv.contiguous()
     return _spatial(qkv, heads, norm, bound) if axis == "spatial" else _temporal(qkv, heads, norm, rope, rope_first)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minidit import memory
+import torch
+
+from minidit import graphs, memory
 from minidit.broadcast import Pyramid
 from minidit.config import ModelConfig
 from minidit.decoders import Decoder
 from minidit.parallel import choose_axis, halves, shares
-from minidit.pipeline import Pipeline, asked, predict, readable
+from minidit.pipeline import Pipeline, asked, predict, readable, schedule
 from minidit.stages import Prompts
 from minidit.tiling import Tile
 
@@ -42,7 +45,7 @@ def peaks(pipe: Pipeline, run: Run) -> dict[str, int]:
     found = {}
     if isinstance(pipe.text, Prompts) and Path(pipe.text.source).is_dir():
         found["text"] = text(pipe.text, run)
-    found["model"] = sum(model(pipe, run))
+    found["model"] = sum(model(run, pipe.dtype, pipe.device))
     if isinstance(pipe.decoder, Decoder):
         found["decoder"] = memory.weights(pipe.decoder) + pipe.decoder.peak_bytes(pipe.schedule(run.config)[1])
     return found
@@ -54,24 +57,27 @@ def text(prompts: Prompts, run: Run) -> int:
     return memory.of_text(folder, captions=run.captions, length=length, dtype=prompts.dtype, offload=run.offload)
 
 
-def model(pipe: Pipeline, run: Run) -> tuple[int, int]:
-    """Bytes of sampling without what broadcast keeps, and those."""
-    _, latent = pipe.schedule(run.config)
-    expected = predict(run.config, pipe.dtype, run.pyramid, captions=run.captions)
-    tokens = run.config.tokens(latent)
-    sharing = run.ranks // run.halves
+def model(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Bytes of sampling, of each rank, without what broadcast keeps, and those. dtype, device: of the model."""
+    _, latent = schedule(run.config, dtype)
+    expected = predict(run.config, dtype, run.pyramid, captions=run.captions)
+    tokens, sharing = run.config.tokens(latent), run.ranks // run.halves
     axis = choose_axis(expected.plan, expected.cost.share(run.halves), tokens, ranks=sharing)
     frames, places = (shares(size, sharing) for size in tokens)
     part, size = (frames[0], tokens[0]) if axis == "frames" else (places[0], tokens[1])
-    apart = run.two_calls or run.halves > 1 or run.config.sampling.guidance == 1
+    divided = run.two_calls or run.halves > 1
+    apart, gpu = divided or run.config.sampling.guidance == 1, device.type == "cuda"
+    price = expected.cost.share(2 if divided else 1)
     bytes = memory.of_model(
         run.config,
-        pipe.dtype,
+        dtype,
         latent=latent,
         batch=run.captions * (1 if apart else 2),
         cache_bytes=0,
         offload=run.offload,
         shares=memory.Alone(axis, frames, places) if sharing > 1 else None,
+        kernels=gpu and importlib.util.find_spec("triton") is not None,
+        recorded=gpu and not run.offload and graphs.short(expected.plan, price, sharing),
     )
     return bytes, expected.peak_bytes // run.halves * part // size
 
@@ -95,10 +101,10 @@ def fit(pipe: Pipeline, run: Run, free: float, *, decoding: float | None = None)
         tile = pipe.decoder.fit(latent, int(free - bytes if decoding is None else decoding))
         found["decoder"] = bytes + pipe.decoder.peak_bytes(latent, tile=tile)
     if found["model"] > free:
-        fitting = [*others(pipe, run, free)]
+        fitting, (_, kept) = [*others(pipe, run, free)], model(run, pipe.dtype, pipe.device)
         listed = " or ".join(filter(None, (", ".join(fitting[:-1]), *fitting[-1:])))
         raise ValueError(
-            f"the model takes {_bytes(found['model'])}, of which {_bytes(model(pipe, run)[1])} are kept by broadcast, "
+            f"the model takes {_bytes(found['model'])}, of which {_bytes(kept)} are kept by broadcast, "
             f"free are {_bytes(free)}: {listed or 'only --device cpu'} would fit"
         )
     return found, tile
@@ -108,7 +114,7 @@ def others(pipe: Pipeline, run: Run, free: float) -> Iterator[str]:
     """What else would fit, one change each; or all that take nothing from the video together."""
 
     def fits(**changes: Any) -> bool:
-        return sum(model(pipe, replace(run, **changes))) <= free
+        return sum(model(replace(run, **changes), pipe.dtype, pipe.device)) <= free
 
     sampling = run.config.sampling
     some = [fewer for n in range(1, sampling.frames) if _makes(pipe, fewer := asked(run.config, frames=n))]

@@ -20,7 +20,7 @@ from minidit.kernels.reference import Update
 from minidit.model import Conditioning, DiT
 
 OFTEN = 3  # calls of a row: the first is made, so that its kernels are compiled, the second recorded, others played
-SHORT = 75e12  # floating-point operations of a call that a GPU does about as fast as a CPU starts them
+SHORT = 40e12  # floating-point operations of a call that a GPU does about as fast as a CPU starts them
 
 
 def short(plan: Plan, price: Cost, ranks: int) -> bool:
@@ -90,22 +90,17 @@ class Played:
 
     def __call__(self, x: Tensor, call: Call, frame_mask: Tensor | None = None) -> Tensor:
         """As DiT.forward."""
-        row, t = call.acts, self.model.begun(x, call.timestep, self.cond, call, self.cache)
-        if frame_mask is not None or row not in self._often:
-            return self.model.called(x, t, self.cond, call, self.cache, frame_mask)
+        row = call.acts
+        if self._record is None or frame_mask is not None or row not in self._often or row not in self._met:
+            self._met.add(row)
+            return self.model(x, call.timestep, self.cond, call, self.cache, frame_mask)
+        t = self.model.begun(x, call.timestep, self.cond, call, self.cache)
         if self._given is None:
             self._given = torch.empty_like(x), torch.empty_like(t)
         x, t = (there.copy_(given) for there, given in zip(self._given, (x, t), strict=True))
-
-        def work() -> Tensor:
-            return self.model.called(x, t, self.cond, call, self.cache)
-
-        if row not in self._met:
-            self._met.add(row)
-            return work()
-        assert self._record and isinstance(self.cache, Kept)
+        assert isinstance(self.cache, Kept)
         if row in self._plays:
             self.cache.follow(call)
         else:
-            self._plays[row] = self._record(work)
+            self._plays[row] = self._record(lambda: self.model.called(x, t, self.cond, call, self.cache))
         return self._plays[row]()

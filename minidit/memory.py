@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minidit import ops
 from minidit.config import ModelConfig
 from minidit.model import DiT
 from minidit.offload import layers
@@ -56,12 +57,24 @@ def of_model(
     cache_bytes: int,
     offload: bool = False,
     shares: Shares | None = None,
+    kernels: bool = False,
+    recorded: bool = False,
 ) -> int:
     """Bytes of a run. batch: samples in one model call; cache_bytes: held by the run's cache at most.
 
-    offload: see offload.py. shares: what this rank has of the tokens, None: all.
+    offload: see offload.py. shares: what this rank has of the tokens, None: all. kernels: of a run on a GPU with
+    Triton, which holds less. recorded: some of its calls, which have a memory of their own, see graphs.py.
     """
-    whole = partial(_of_model, dtype=dtype, latent=latent, batch=batch, offload=offload, shares=shares)
+    whole = partial(
+        _of_model,
+        dtype=dtype,
+        latent=latent,
+        batch=batch,
+        offload=offload,
+        shares=shares,
+        kernels=kernels,
+        recorded=recorded,
+    )
     if config.depth <= 3:
         return whole(config) + cache_bytes
     # every further layer holds as much as the third, and a run of 28 takes seconds also on the meta device
@@ -77,6 +90,8 @@ def _of_model(
     batch: int,
     offload: bool,
     shares: Shares | None,
+    kernels: bool,
+    recorded: bool,
 ) -> int:
     with torch.device("meta"):
         model = DiT(config).to(dtype).requires_grad_(False)
@@ -85,10 +100,13 @@ def _of_model(
         z, fps = torch.zeros(batch, config.in_channels, *latent), torch.zeros(batch)
     told = text if config.caption_dim or config.classes is not None else None
     run = config.sampling
-    with torch.enable_grad(), Fused(), _held(model) as held:  # without, it would read its weights for bounds
+    impl: ops.Impl = "shapes" if kernels else "torch"
+    # with gradients it does not read its weights for bounds
+    with torch.enable_grad(), Fused(), ops.using(impl), _held(model) as held:
         cond = model.prepare(told, None, latent=latent, height=run.height, width=run.width, fps=fps, shares=shares)
         model(z, 500.0, cond).float()
-    return held.peak - (_at_home(layers(model)) if offload else 0)
+    again = held.peak - weights(model) if recorded else 0
+    return held.peak + again - (_at_home(layers(model)) if offload else 0)
 
 
 def _at_home(units: Iterable[nn.Module]) -> int:

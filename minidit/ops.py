@@ -12,23 +12,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from minidit.kernels import reference
+from minidit.kernels import reference, shapes
 from minidit.kernels.reference import Axis, Rope, Update
 
-Impl = Literal["auto", "torch", "triton"]
+Impl = Literal["auto", "torch", "triton", "shapes"]
 _asked: ContextVar[Impl] = ContextVar("minidit.ops.using", default="auto")
 
 
 @contextmanager
 def using(impl: Impl) -> Iterator[None]:
-    """Within it, ops are computed so. "triton" raises a RuntimeError that says why, where a kernel cannot be had."""
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"an op is computed by auto, torch or triton, not {impl!r}")
+    """Within it, ops are computed so. "triton" raises a RuntimeError that says why, where a kernel cannot be had.
+
+    "shapes": by nothing; tensors are made as they would be on a GPU, by kernels where those are taken.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"an op is computed by {', '.join(get_args(Impl))}, not {impl!r}")
     before = _asked.set(impl)
     try:
         yield
@@ -76,6 +79,9 @@ def _computed(op: str, *args: Any, insist: bool = True, **options: Any) -> Any:
     # the compiler fuses the meaning by itself
     if asked == "torch" or torch.compiler.is_compiling() or (asked == "auto" and args[0].device.type != "cuda"):
         return meaning(*args, **options)
+    if asked == "shapes":
+        refused = importlib.import_module(f"minidit.kernels.{op}").why_not(*args, **options)
+        return (meaning if refused else getattr(shapes, op))(*args, **options)
     try:
         return _kernel(op)(*args, **options)
     except reference.Refused:

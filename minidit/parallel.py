@@ -189,13 +189,22 @@ def halves(ranks: int, guidance: float) -> int:
     return 2 if guidance != 1 and ranks % 2 == 0 else 1
 
 
-def table(plan: Plan, price: Cost, tokens: tuple[int, int], groups: Mapping[int, int], speed: Speed) -> str:
+def table(
+    plan: Plan,
+    price: Cost,
+    tokens: tuple[int, int],
+    groups: Mapping[int, int],
+    speed: Speed,
+    memory: Mapping[int, int],
+) -> str:
     """What the plan's run would communicate and how long it would take, predicted, for numbers of ranks.
 
-    groups: for each number, into how many it is divided for guidance. What joins the halves again is left out.
+    groups: for each number, into how many it is divided for guidance. What joins the halves again is left out. memory:
+    bytes of each rank, for each number, with the axis that is chosen.
     """
     lines = [
-        "ranks  guidance  shared   largest share  GB sent  Ulysses  all-to-alls  compute s  communicate s  in all s"
+        "ranks  guidance  shared   largest share  GB sent  Ulysses  all-to-alls"
+        "  compute s  communicate s  in all s   GiB"
     ]
     for count, divided in groups.items():
         ranks, part = count // divided, price.share(divided)
@@ -211,6 +220,7 @@ def table(plan: Plan, price: Cost, tokens: tuple[int, int], groups: Mapping[int,
                 f"{count:>5}  {'apart' if divided > 1 else 'together':<8}  {shared:<7}  {share:>13}"
                 f"  {found.mean / 1e9:>7.2f}  {2 * found.mean / 1e9:>7.2f}  {found.trades + found.gathers:>11}"
                 f"  {computing:>9.2f}  {communicating:>13.3f}  {computing + communicating:>8.2f}"
+                f"  {memory[count] / 2**30 if axis == chosen else '':>4{'.1f' if axis == chosen else ''}}"
             )
     return "\n".join(lines)
 

@@ -1,20 +1,25 @@
 """What is refused for its memory is told what would fit; here whatever is told is tried."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import bench
 from families import FAMILIES
-from minidit import cli, memory
-from minidit.broadcast import PAB_246
+from minidit import cli, graphs, memory
+from minidit.broadcast import PAB_246, RECIPES
 from minidit.fitting import Run, fit, model, peaks
+from minidit.model import DiT
 from minidit.parallel import halves, shares
-from minidit.pipeline import Pipeline, asked, schedule
+from minidit.pipeline import Pipeline, asked, predict, schedule
 from minidit.stages import Classes, Pixels
 
 CPU = torch.device("cpu")
+STEPS = json.loads((Path(__file__).parents[1] / "benchmarks" / "steps.json").read_text())["rows"]
 FAMILY = next(family for family in FAMILIES if family.preset == "opensora-1.1")
 BASE = replace(FAMILY.config, dim=192, heads=4, depth=2, caption_length=8)
 
@@ -59,7 +64,7 @@ def changed(run, option):
     ],
 )
 def test_what_is_said_to_fit_fits_and_a_frame_or_step_of_the_size_more_does_not(pipe, run, part, said):
-    free = part * sum(model(pipe, run))
+    free = part * sum(model(run, pipe.dtype, pipe.device))
     with pytest.raises(ValueError, match="the model takes .* kept by broadcast, free are .*: .* would fit$") as error:
         fit(pipe, run, free)
     options = re.split(", | or ", str(error.value).rpartition(": ")[2].removesuffix(" would fit"))
@@ -73,11 +78,18 @@ def test_what_is_said_to_fit_fits_and_a_frame_or_step_of_the_size_more_does_not(
 
 
 def test_a_rank_with_a_half_of_guidance_holds_what_one_of_two_calls_does_and_keeps_half(pipe, run):
-    (_, kept), (one_call, both) = model(pipe, run), model(pipe, replace(run, two_calls=True))
+    (_, kept), (one_call, both) = (
+        model(run, pipe.dtype, pipe.device),
+        model(replace(run, two_calls=True), pipe.dtype, pipe.device),
+    )
     assert kept == both > 0
-    assert model(pipe, replace(run, ranks=2, halves=2)) == (one_call, kept // 2)
+    assert model(replace(run, ranks=2, halves=2), pipe.dtype, pipe.device) == (one_call, kept // 2)
     four, tokens = replace(run, ranks=4, halves=2), replace(run, ranks=2)
-    assert sum(model(pipe, four)) < sum(model(pipe, tokens)) < sum(model(pipe, run))
+    assert (
+        sum(model(four, pipe.dtype, pipe.device))
+        < sum(model(tokens, pipe.dtype, pipe.device))
+        < sum(model(run, pipe.dtype, pipe.device))
+    )
 
 
 def test_where_nothing_fits_there_is_the_cpu(pipe, run):
@@ -90,7 +102,7 @@ def test_a_model_of_one_size_is_offered_no_other():
     pipe = Pipeline(config, torch.float32, Classes(config), lambda: pytest.fail("loaded"), Pixels(), CPU)
     run = Run(config=asked(config, frames=5, height=48, width=48), pyramid=None)
     with pytest.raises(ValueError) as error:
-        fit(pipe, run, 0.99 * sum(model(pipe, run)))
+        fit(pipe, run, 0.99 * sum(model(run, pipe.dtype, pipe.device)))
     assert "--frames" not in str(error.value) and "--size" not in str(error.value)
 
 
@@ -100,4 +112,24 @@ def test_every_layer_after_the_third_is_predicted_to_take_as_much_as_it(options)
     frames, places = (shares(size, options.get("ranks", 1)) for size in config.tokens(latent))
     run = {"dtype": torch.float32, "latent": latent, "batch": 2, "offload": "offload" in options}
     run["shares"] = memory.Alone("places", frames, places) if "ranks" in options else None
-    assert memory.of_model(config, **run, cache_bytes=7) == memory._of_model(config, **run) + 7
+    whole = memory._of_model(config, **run, kernels=False, recorded=False)
+    assert memory.of_model(config, **run, cache_bytes=7) == whole + 7
+
+
+def test_calls_that_are_recorded_hold_what_they_compute_in_a_memory_of_their_own(run, monkeypatch):
+    with torch.device("meta"):
+        weights = memory.weights(DiT(run.config).to(torch.bfloat16))
+    recorded = model(run, torch.bfloat16, torch.device("cuda"))[0] - weights
+    monkeypatch.setattr(graphs, "SHORT", 0)
+    computed = model(run, torch.bfloat16, torch.device("cuda"))[0] - weights
+    assert recorded == 2 * computed > 0
+
+
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: f"{row['case']} {row['recipe']} {row['impl']}")
+def test_the_model_is_predicted_to_hold_what_was_measured(row):
+    config, kernels = bench.CASES[row["case"]].config, row["impl"] == "auto"
+    dtype, pyramid = torch.bfloat16, RECIPES[row["recipe"]]
+    latent, keeps = schedule(config, dtype)[1], predict(config, dtype, pyramid).peak_bytes
+    run = dict(latent=latent, batch=2, cache_bytes=keeps, kernels=kernels)
+    found = memory.of_model(config, dtype, **run) / 2**30
+    assert 1 <= found / row["peak_gib"] < (1.025 if kernels else 1.01)

@@ -364,7 +364,7 @@ def test_a_gradient_is_computed_by_torch_unless_it_is_not_needed():
 
 
 def test_nothing_else_is_asked_for_and_what_was_asked_before_comes_back():
-    with pytest.raises(ValueError, match="auto, torch or triton, not 'fast'"), ops.using("fast"):
+    with pytest.raises(ValueError, match="auto, torch, triton, shapes, not 'fast'"), ops.using("fast"):
         pass
     double = arguments(dtype=torch.float64)
     with ops.using("triton"):
