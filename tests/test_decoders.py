@@ -32,6 +32,7 @@ SAID = json.loads((GOLDENS / f"{TEMPORAL}.json").read_text())
 @contextmanager
 def groups_of(number):
     """diffusers' temporal decoder has 32 groups, whatever it is told; the golden was made with fewer."""
+    assert diffusers.AutoencoderKLTemporalDecoder  # imported now: diffusers has classes that are GroupNorms
     with pytest.MonkeyPatch.context() as patch:
         norm = nn.GroupNorm
 
@@ -202,6 +203,22 @@ def test_nothing_is_decoded_before_it_is_asked_for(kind):
     assert not calls
     next(chunks)
     assert calls == [True] and not torch.is_inference_mode_enabled()  # the caller's mode is its own
+
+
+@pytest.mark.gpu
+@kinds
+def test_on_a_gpu_parts_come_whole_while_the_next_one_is_made(kind):
+    make, n, size = CASES[kind]
+    decoder, z, calls = deepcopy(make()).to("cuda"), latents_of(size), []
+    with torch.inference_mode():
+        pieces = [_bytes(piece).cpu() for piece in decoder._pieces(z[None].cuda(), n, None, _all_tiles)]
+    last = getattr(decoder.vae, "spatial", decoder.vae).decoder
+    last.register_forward_pre_hook(lambda module, given: calls.append(0))
+    made = []
+    for number, part in enumerate(decoder.chunks(z, n), start=1):
+        made.append(part.clone())  # now: it may be used at once
+        assert len(calls) == min(number + 1, len(pieces))
+    assert len(made) == len(pieces) and all(near(*pair) for pair in zip(made, pieces, strict=True))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
