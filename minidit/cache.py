@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from minidit.broadcast import Act, Call, Plan, Site
 from minidit.kernels.reference import Update
 
@@ -26,11 +28,11 @@ class Cache:
         self.nbytes = self.peak_bytes = 0  # of the tokens held now, and at most so far, without the gates beside them
         self._like: tuple[object, ...] | None = None
 
-    def begin(self, call: Call, sites: Sequence[Site], like: tuple[object, ...]) -> None:
-        """Called once a model call, before its first sublayer. like: the latents' shape, the model's dtype, the device.
+    def begin(self, call: Call, sites: Sequence[Site], x: Tensor) -> None:
+        """Called once a model call, before its first sublayer. x: the tokens (B, T, S, D).
 
         Raises ValueError for a call of another plan, out of order or after one that broke off, for another model, and
-        for latents of another batch, size, dtype or device than the run's: a kept update would not belong to them.
+        for tokens of another batch, size, dtype or device than the run's: a kept update would not belong to them.
         """
         if tuple(sites) != self.plan.sites:
             raise ValueError(
@@ -46,8 +48,9 @@ class Cache:
             raise ValueError(f"call {call.index - 1} broke off half way: begin a new run with call 0")
         if call.index == 0:  # only now: a refused call leaves the run as it was
             self.clear()
+        like = (x.shape, x.dtype, x.device)
         if self._like not in (None, like):
-            raise ValueError(f"the run began with latents {self._like}, call {call.index} has {like}: begin a new run")
+            raise ValueError(f"the run began with tokens {self._like}, call {call.index} has {like}: begin a new run")
         self._like, self._next = like, call.index + 1
 
     def keep(self, site: Site, update: Update) -> None:

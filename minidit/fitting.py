@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minidit import graphs, memory
+from minidit import memory
 from minidit.broadcast import Pyramid
 from minidit.config import ModelConfig
 from minidit.decoders import Decoder
@@ -65,9 +65,7 @@ def model(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[int, int]
     axis = choose_axis(expected.plan, expected.cost.share(run.halves), tokens, ranks=sharing)
     frames, places = (shares(size, sharing) for size in tokens)
     part, size = (frames[0], tokens[0]) if axis == "frames" else (places[0], tokens[1])
-    divided = run.two_calls or run.halves > 1
-    apart, gpu = divided or run.config.sampling.guidance == 1, device.type == "cuda"
-    price = expected.cost.share(2 if divided else 1)
+    apart = run.two_calls or run.halves > 1 or run.config.sampling.guidance == 1
     bytes = memory.of_model(
         run.config,
         dtype,
@@ -76,8 +74,7 @@ def model(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[int, int]
         cache_bytes=0,
         offload=run.offload,
         shares=memory.Alone(axis, frames, places) if sharing > 1 else None,
-        kernels=gpu and importlib.util.find_spec("triton") is not None,
-        recorded=gpu and not run.offload and graphs.short(expected.plan, price, sharing),
+        kernels=device.type == "cuda" and importlib.util.find_spec("triton") is not None,
     )
     return bytes, expected.peak_bytes // run.halves * part // size
 

@@ -58,23 +58,13 @@ def of_model(
     offload: bool = False,
     shares: Shares | None = None,
     kernels: bool = False,
-    recorded: bool = False,
 ) -> int:
     """Bytes of a run. batch: samples in one model call; cache_bytes: held by the run's cache at most.
 
     offload: see offload.py. shares: what this rank has of the tokens, None: all. kernels: of a run on a GPU with
-    Triton, which holds less. recorded: some of its calls, which have a memory of their own, see graphs.py.
+    Triton, which holds less.
     """
-    whole = partial(
-        _of_model,
-        dtype=dtype,
-        latent=latent,
-        batch=batch,
-        offload=offload,
-        shares=shares,
-        kernels=kernels,
-        recorded=recorded,
-    )
+    whole = partial(_of_model, dtype=dtype, latent=latent, batch=batch, offload=offload, shares=shares, kernels=kernels)
     if config.depth <= 3:
         return whole(config) + cache_bytes
     # every further layer holds as much as the third, and a run of 28 takes seconds also on the meta device
@@ -91,7 +81,6 @@ def _of_model(
     offload: bool,
     shares: Shares | None,
     kernels: bool,
-    recorded: bool,
 ) -> int:
     with torch.device("meta"):
         model = DiT(config).to(dtype).requires_grad_(False)
@@ -105,8 +94,7 @@ def _of_model(
     with torch.enable_grad(), Fused(), ops.using(impl), _held(model) as held:
         cond = model.prepare(told, None, latent=latent, height=run.height, width=run.width, fps=fps, shares=shares)
         model(z, 500.0, cond).float()
-    again = held.peak - weights(model) if recorded else 0
-    return held.peak + again - (_at_home(layers(model)) if offload else 0)
+    return held.peak - (_at_home(layers(model)) if offload else 0)
 
 
 def _at_home(units: Iterable[nn.Module]) -> int:

@@ -246,20 +246,9 @@ class DiT(nn.Module):
         every sublayer computes. frame_mask: (B, T) bool, false for frames that are clean, modulated as at t = 0.
         Raises ValueError for a call of another time, plan, model or batch.
         """
-        return self.called(x, self.begun(x, t, cond, call, cache), cond, call, cache, frame_mask)
-
-    def called(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Conditioning,
-        call: Call | None = None,
-        cache: Cache | None = None,
-        frame_mask: Tensor | None = None,
-    ) -> Tensor:
-        """What `forward` does after `begun`, whose t it is given: work for the device, which is not waited for."""
         height, width = x.shape[3:]
         x = self._embed(x, cond)
+        t = self._check(call, cache, t, x)
         frame_mask = None if frame_mask is None else cond.shares.own(frame_mask, "frames", 1)
         time, clean = self.timestep(t), self._clean(t, frame_mask)  # (B, D)
         modulation = self._modulation(time, clean, cond.told, frame_mask)
@@ -286,23 +275,21 @@ class DiT(nn.Module):
         return embed.unpatchify(x, self.config.patch, self.config.grid(cond.latent))[..., :height, :width]
 
     def _embed(self, x: Tensor, cond: Conditioning) -> Tensor:
+        if tuple(x.shape[2:]) != cond.latent:
+            raise ValueError(f"latents of size {tuple(x.shape[2:])}, but prepared for {cond.latent}")
         x = embed.patchify(x, self.config.patch, self.config.grid(cond.latent))  # (B, T, S, C * patch)
         x = cond.shares.own(cond.shares.own(x, "frames", 1), "places", 2)
         return self.patch(x.to(self.dtype)) + cond.positions
 
-    def begun(
-        self, x: Tensor, t: Tensor | float, cond: Conditioning, call: Call | None = None, cache: Cache | None = None
-    ) -> Tensor:
-        """t as a tensor (B,), after making sure that call, cache, time, model and latents belong together."""
-        if tuple(x.shape[2:]) != cond.latent:
-            raise ValueError(f"latents of size {tuple(x.shape[2:])}, but prepared for {cond.latent}")
+    def _check(self, call: Call | None, cache: Cache | None, t: Tensor | float, x: Tensor) -> Tensor:
+        """t as a tensor (B,), after making sure that call, cache, time, model and tokens belong together."""
         if (call is None) != (cache is None):
             raise ValueError("a call of a plan and the run's cache go together: give both or neither")
         if call and cache:
             if isinstance(t, Tensor) or t != call.timestep:
                 # a tensor's value cannot be compared without waiting for the device
                 raise ValueError(f"call {call.index} was planned for the number t={call.timestep}, got {t}")
-            cache.begin(call, self.sites, (x.shape, self.dtype, x.device))
+            cache.begin(call, self.sites, x)
         return t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
 
     def _clean(self, t: Tensor, frame_mask: Tensor | None) -> Tensor | None:

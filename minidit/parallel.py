@@ -79,8 +79,7 @@ class Shares:
             block.view(t, b, part.shape[2], d).copy_(part.transpose(0, 1))
         here = self.places[self.rank]
         received = self._trade(packed, blocks, [own * b * here * d for own in self.frames])
-        # copied once here, and not by a linear layer that adds its bias in a pass of its own, nor at every reuse
-        return received.view(sum(self.frames), b, here, d).transpose(0, 1).contiguous()
+        return received.view(sum(self.frames), b, here, d).transpose(0, 1)
 
     def _to_frames(self, x: Tensor) -> Tensor:
         """(B, T, own S, D) -> (B, own T, S, D)."""

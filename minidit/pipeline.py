@@ -343,7 +343,6 @@ def generate(
                 frames=mask,
                 noise=draw,
                 layout=layout,
-                recording=not pipe.offload,
                 on_step=watch,
             )
         repeats = repeated(loop, run) if clip else 0

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidit import graphs
 from minidit.broadcast import Call, Plan
+from minidit.cache import Cache
 from minidit.cost import cost
 from minidit.model import Conditioning, DiT
 from minidit.parallel import ALONE, Layout
@@ -67,7 +67,6 @@ def sample(
     frames: Tensor | None = None,
     noise: Noise = torch.randn_like,
     layout: Layout = ALONE,
-    recording: bool = True,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, H, W) for captions, from noise z of that shape, by a plan.
@@ -78,8 +77,6 @@ def sample(
     model has learned. frames, noise: see Sampler.integrate.
     layout: the ranks that share the run; each is given all of z and makes all of the latents, and noise has to be the
     same on all of them.
-    recording: whether calls that are short for a GPU are played as CUDA graphs, see graphs.py: the same video; False,
-    if the model's weights move during the run.
     Raises ValueError for a plan made with other times or for another model, and for ranks that were given other things.
     """
     times = planned(sampler, model.config, model.dtype)
@@ -110,16 +107,14 @@ def sample(
     def prepare(text: Tensor | None) -> Conditioning:
         return model.prepare(text, lengths, latent=latent, height=height, width=width, fps=rate, shares=shares)
 
-    recorded = recording and z.device.type == "cuda" and graphs.short(plan, price, shares.ranks)
-    recorder = graphs.Graphs() if recorded else None
-    runs = [graphs.Played(model, prepare(batch), plan, recorder) for batch in batches]
+    runs = [(prepare(batch), Cache(plan)) for batch in batches]
 
     def field(i: int, z: Tensor, mask: Tensor | None) -> Tensor:
         call, many = plan[i], z.repeat(copies, 1, 1, 1, 1)
         mask = None if mask is None else mask.repeat(copies, 1)
-        outputs = torch.cat([run(many, call, mask) for run in runs]).float()
+        outputs = torch.cat([model(many, call.timestep, cond, call, cache, mask) for cond, cache in runs]).float()
         if on_step:
-            held, peak = sum(run.cache.nbytes for run in runs), sum(run.cache.peak_bytes for run in runs)
+            held, peak = sum(cache.nbytes for _, cache in runs), sum(cache.peak_bytes for _, cache in runs)
             on_step(Step(call, len(plan), held, peak))
         if not guided:
             return outputs

@@ -60,7 +60,7 @@ def _open_sora(frames: int, height: int, width: int, **more: Any) -> Case:
 
 
 CASES = {
-    "240p-2s": _open_sora(51, 240, 426, whole=True),
+    "240p-2s": _open_sora(51, 240, 426),
     "480p-2s": _open_sora(51, 480, 854, impls=("auto", "torch"), whole=True),
     "480p-4s": _open_sora(102, 480, 854),
     "480p-8s": _open_sora(204, 480, 854),

@@ -39,11 +39,11 @@ import measuring
 from bench import Given
 from measuring import positive, tour, wait
 from metering import Meter, of_whole, profiled, run
-from minidit import graphs, parallel, pipeline
+from minidit import parallel, pipeline
 from minidit.broadcast import RECIPES, Plan
 from minidit.cli import Parser
 from minidit.config import ModelConfig
-from minidit.cost import Cost, cost
+from minidit.cost import cost
 from minidit.model import DiT
 from minidit.parallel import ALONE, Axis, Layout, choose_axis, traffic
 
@@ -79,17 +79,11 @@ class Combination(NamedTuple):
         return next(name for name, groups in GUIDANCE.items() if groups == self.halves)
 
 
-def priced(config: ModelConfig, given: Given, dtype: torch.dtype, how: Combination) -> Cost:
-    """Of a call of one half of guidance, or of both."""
-    latent = (given.z.shape[2], given.z.shape[3], given.z.shape[4])
-    batch, length = 2 // how.halves, int(given.lengths)
-    return cost(config, batch=batch, latent=latent, caption_length=length, itemsize=dtype.itemsize)
-
-
 def predicted(plan: Plan, config: ModelConfig, given: Given, dtype: torch.dtype, how: Combination) -> list[int]:
     """Bytes that each rank hands to all-to-alls in a run: of its tokens, and of guidance."""
     latent = (given.z.shape[2], given.z.shape[3], given.z.shape[4])
-    halves, sequence, price = how.halves, how.sequence, priced(config, given, dtype, how)
+    halves, sequence = how.halves, how.sequence
+    price = cost(config, batch=2 // halves, latent=latent, caption_length=int(given.lengths), itemsize=dtype.itemsize)
     found = traffic(plan, price, config.tokens(latent), axis=how.shared or "frames", ranks=sequence)
     outputs = config.out_channels * math.prod(latent) * torch.float32.itemsize
     joined = len(plan) * halves * outputs if halves > 1 else 0
@@ -157,21 +151,12 @@ class Bench:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        meter = Meter(device)
+        meter, start = Meter(device), time.perf_counter()
         go(ran, meter)
-        everyones([0], device)
-        # calls that are short for a GPU are played as graphs, from their third on: a shorter run would not be a part
-        ran_timed = (
-            plan
-            if cuda and graphs.short(plan, priced(config, self.given, self.model.dtype, how), how.sequence)
-            else ran
-        )
-        timer, start = Meter(device, recorded=True), time.perf_counter()
-        go(ran_timed, timer)
         wait(device)
-        took, calls = time.perf_counter() - start, timer.ms()
+        took, calls = time.perf_counter() - start, meter.ms()
         # what is done once a run is in it as well, only the calls are those of the whole plan
-        seconds = took + (of_whole(plan, ran_timed, calls) - sum(calls)) / 1e3
+        seconds = took + (of_whole(plan, ran, calls) - sum(calls)) / 1e3
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
         nccl = profiled(device, len(self.short), lambda meter: go(self.short, meter))
         mine = {
@@ -195,7 +180,7 @@ class Bench:
             "guidance": how.guidance,
             "shared": how.shared,
             "steps": len(plan),
-            "timed_calls": len(ran_timed),
+            "timed_calls": len(ran),
             **found,
             "seconds": max(found["seconds"]),
             "difference": found["difference"] and max(found["difference"]),

@@ -24,15 +24,11 @@ from minidit.samplers import Field, Noise
 
 
 class Meter:
-    """Times the calls of a run, and counts and times what each hands to torch.distributed, but for digests.
+    """Times the calls of a run, and counts and times what each hands to torch.distributed, but for digests."""
 
-    Calls that are played from graphs hand over nothing that could be seen: of a recorded run, calls alone are timed.
-    """
-
-    def __init__(self, device: torch.device, marking: bool = False, recorded: bool = False) -> None:
+    def __init__(self, device: torch.device, marking: bool = False) -> None:
         self._calls, self._collectives = Stopwatch(device), Stopwatch(device)
         self._marking = marking  # for the profiler
-        self.recorded = recorded
         self._bytes, self._counts = list[int](), list[int]()
 
     def mark(self) -> None:
@@ -45,8 +41,6 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self._before = dist.all_to_all_single
-        if self.recorded:
-            return self
 
         def metered(output: Tensor, given: Tensor, *args: Any, **options: Any) -> Any:
             if not given.is_floating_point():
@@ -120,7 +114,6 @@ def run(
             two_calls=two_calls,
             null=given.null,
             layout=layout,
-            recording=meter.recorded,
         )
 
 

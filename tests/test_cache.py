@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidit import graphs, samplers, sampling
+from minidit import samplers, sampling
 from minidit.broadcast import PARTS, Act, Broadcast, Pyramid, Site, TimestepTable, Window, plan
 from minidit.cache import Cache
 from minidit.cost import cost
@@ -118,8 +118,8 @@ kept = []  # weak references to every update that a Watched cache was given
 class Watched(Cache):
     """A cache that knows how much it held at most in the last call, and remembers in `kept` what it was given."""
 
-    def begin(self, call, sites, like):
-        super().begin(call, sites, like)
+    def begin(self, call, sites, x):
+        super().begin(call, sites, x)
         self.most = self.nbytes
 
     def keep(self, site, update):
@@ -299,7 +299,7 @@ def test_sample_tells_on_step_the_bytes_of_all_its_caches(two_calls):
 @pytest.mark.parametrize("two_calls", [False, True])
 @pytest.mark.parametrize("interrupted", range(6))
 def test_ctrl_c_in_on_step_leaves_no_update_behind(monkeypatch, interrupted, two_calls):
-    monkeypatch.setattr(graphs, "Cache", Watched)
+    monkeypatch.setattr(sampling, "Cache", Watched)
     kept.clear()
 
     def on_step(step):
@@ -384,7 +384,7 @@ def test_guidance_in_two_calls_a_step_is_guidance_in_one_batch(run):
 
 def test_each_half_keeps_updates_of_its_own(monkeypatch):
     caches = []
-    monkeypatch.setattr(graphs, "Cache", lambda plan: caches.append(Cache(plan)) or caches[-1])
+    monkeypatch.setattr(sampling, "Cache", lambda plan: caches.append(Cache(plan)) or caches[-1])
     model, different = model_of(TINY), []
 
     def on_step(step):
@@ -493,9 +493,9 @@ REFUSED = {
     of_another_plan: "call 3 is of another plan than this cache",
     first_of_another_plan: "call 0 is of another plan than this cache",
     of_another_model: "this cache's plan is for a model of 6 sites, this one has 12",
-    of_another_batch: r"the run began with latents \(torch.Size\(\[1, 2, .* call 3 has \(torch.Size\(\[2, 2",
-    of_another_size: r"the run began with latents \(torch.Size\(\[1, 2, .* call 3 has \(torch.Size\(\[1, 2, 3",
-    of_another_dtype: "the run began with latents .*float32.*, call 3 has .*float64",
+    of_another_batch: r"the run began with tokens \(torch.Size\(\[1, 2, .* call 3 has \(torch.Size\(\[2, 2",
+    of_another_size: r"the run began with tokens \(torch.Size\(\[1, 2, .* call 3 has \(torch.Size\(\[1, 3",
+    of_another_dtype: "the run began with tokens .*float32.*, call 3 has .*float64",
     at_a_time_that_was_not_planned: "call 3 was planned for the number t=500.0, got 501.0",
     at_a_time_that_is_a_tensor: r"call 3 was planned for the number t=500.0, got tensor\(\[500.\]\)",
     without_the_cache: "a call of a plan and the run's cache go together",
