@@ -8,7 +8,6 @@ they see, and their attention sees them all.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import islice
@@ -46,7 +45,7 @@ class Decoder(nn.Module):
         return self._latent_frames(frames)
 
     def chunks(self, latents: Tensor, frames: int, *, tile: Tile | None = None) -> Iterator[Tensor]:
-        """Frames (t, H, W, 3) uint8 on the CPU, in order, decoded when they are asked for, on a GPU one part ahead.
+        """Frames (t, H, W, 3) uint8 on the CPU, in order, decoded when they are asked for.
 
         tile: of rows and of columns, None: whole frames, four at a time where each is alone; see `fit`. Raises
         ValueError for latents of another size.
@@ -63,12 +62,8 @@ class Decoder(nn.Module):
     def _chunks(self, latents: Tensor, frames: int, tile: Tile | None) -> Iterator[Tensor]:
         parameter = next(self.parameters())
         z = latents[None].to(parameter.device, parameter.dtype)
-        coming = deque[tuple[Tensor, torch.cuda.Event | None]]()
         for piece in self._pieces(z, frames, tile, _all_tiles):
-            coming.append(_fetched(_bytes(piece)))
-            if len(coming) > z.is_cuda:  # what a part is used for takes time, in which the GPU makes the next one
-                yield _arrived(*coming.popleft())
-        yield from (_arrived(*part) for part in coming)
+            yield _bytes(piece).cpu()
 
     @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
@@ -153,18 +148,6 @@ def _one_tile(f: Map, z: Tensor, tile: Tile | None, space: int) -> Tensor:
 def _bytes(piece: Tensor) -> Tensor:
     """(1, 3, t, H, W), -1 to 1 -> (t, H, W, 3) uint8."""
     return rearrange(((piece + 1) * 127.5).round().clamp(0, 255).byte(), "1 c t h w -> t h w c").contiguous()
-
-
-def _fetched(part: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The part on the CPU, where it is complete after the event: it comes behind what the GPU was given before."""
-    copy = part.to("cpu", non_blocking=True)  # into pinned memory, else it would be waited for
-    return copy, torch.cuda.current_stream(part.device).record_event() if part.is_cuda else None
-
-
-def _arrived(part: Tensor, event: torch.cuda.Event | None) -> Tensor:
-    if event:
-        event.synchronize()
-    return part
 
 
 class Frames(Decoder):

@@ -215,13 +215,13 @@ def table(
             computing, communicating = seconds(plan, part, tokens, axis=axis, ranks=ranks, speed=speed)
             shared = "-" if ranks == 1 else f"{axis}{'*' * (axis == chosen)}"
             share = "-" if ranks == 1 else f"{shares(size, ranks)[0]} of {size}"
+            held = f"{memory[count] / 2**30:.1f}" if axis == chosen else ""
             lines.append(
                 f"{count:>5}  {'apart' if divided > 1 else 'together':<8}  {shared:<7}  {share:>13}"
                 f"  {found.mean / 1e9:>7.2f}  {2 * found.mean / 1e9:>7.2f}  {found.trades + found.gathers:>11}"
-                f"  {computing:>9.2f}  {communicating:>13.3f}  {computing + communicating:>8.2f}"
-                f"  {memory[count] / 2**30 if axis == chosen else '':>4{'.1f' if axis == chosen else ''}}"
+                f"  {computing:>9.2f}  {communicating:>13.3f}  {computing + communicating:>8.2f}  {held:>4}"
             )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from math import ceil, isqrt
 from pathlib import Path
+from threading import Event
 
 import av
 import numpy as np
@@ -29,11 +31,11 @@ INK = (52, 52, 58)
 def save_video(video: Tensor | Iterable[Tensor], path: str | Path, *, fps: float, scale: int | None = None) -> Path:
     """Writes video, (T, H, W, 3) uint8, as the ending of path says: .mp4, .gif, .webp, or .png, a sheet of the frames.
 
-    video: all of it, or parts of it in order, each (t, H, W, 3), which an mp4 takes one at a time, as they are made;
-    the others need to have them all. scale: each pixel becomes scale x scale; None picks the smallest that brings the
-    short side to WATCHABLE. An mp4 is padded to even sizes by repeating its edge. A gif shows a frame for a multiple of
-    10 ms, 20 at least. path appears complete or not at all, also if a part fails to be made; what stood there before
-    stays until then.
+    video: all of it, or parts of it in order, each (t, H, W, 3), which an mp4 takes one at a time, and writes while the
+    next one is made; the others need to have them all. scale: each pixel becomes scale x scale; None picks the smallest
+    that brings the short side to WATCHABLE. An mp4 is padded to even sizes by repeating its edge. A gif shows a frame
+    for a multiple of 10 ms, 20 at least. path appears complete or not at all, also if a part fails to be made; what
+    stood there before stays until then.
     """
     path = Path(path)
     check_output(path)
@@ -216,23 +218,39 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _write_mp4(parts: Iterator[Tensor], path: Path, fps: float) -> None:
-    stream = None
-    # faststart: a browser can play the beginning before it has the end
-    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    stream, writing, stopped = None, None, Event()
+    with ExitStack() as stack:
+        # faststart: a browser can play the beginning before it has the end
+        options = {"movflags": "+faststart"}
+        container = stack.enter_context(av.open(path, "w", format="mp4", options=options))
+        writer = stack.enter_context(ThreadPoolExecutor(1))  # of a part, while the next one is made
+        stack.callback(stopped.set)  # it is waited for then
         for part in parts:
             frames = part.numpy()
             frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
             stream = stream or _stream(container, frames.shape[1:3], fps)
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
-        if stream:
+            if writing:
+                writing.result()
+            writing = writer.submit(_encode, frames, stream, container, stopped)
+        if stream and writing:
+            writing.result()
             container.mux(stream.encode(None))
 
 
+def _encode(frames: np.ndarray, stream: VideoStream, container: OutputContainer, stopped: Event) -> None:
+    for frame in frames:
+        if stopped.is_set():
+            break
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+
+
 def _stream(container: OutputContainer, size: tuple[int, int], fps: float) -> VideoStream:
+    # rc-lookahead: frames it waits for before it begins, 40 else, which is most of a short video
+    options = {"crf": "16", "rc-lookahead": "10"}
     # 1001: the denominator of 29.97 and its kin
-    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+    stream.thread_type = "AUTO"  # several frames at a time, and not only slices of one
     stream.height, stream.width = size
     stream.pix_fmt = "yuv420p"
     # said aloud, since players differ in what they assume of small videos

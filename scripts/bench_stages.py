@@ -7,9 +7,9 @@
 
 A T5 of v1.1 XXL's shape, STDiT3-XL/2 and the video autoencoder make up a minidit.Pipeline, and minidit.generate runs
 it: each stage is on the GPU alone, else in the computer's memory, and the times of bringing it there and back are told
-apart; the decoder makes a part of the video while the part before it is written. Predicted is what fitting.fit says
-before; measured and reserved are PyTorch's peaks in each stage. All weights are bfloat16; the original encodes in
-float32, with twice the bytes. Words are cut by a tokenizer that is made here. A short run of each recipe comes first, not
+apart; a part of the video is decoded while the part before it is written. Predicted is what fitting.fit says before;
+measured and reserved are PyTorch's peaks in each stage. All weights are bfloat16; the original encodes in float32, with
+twice the bytes. Words are cut by a tokenizer that is made here. A short run of each recipe comes first, and is not
 timed. What is written is noise, which compresses worst.
 """
 

@@ -205,22 +205,6 @@ def test_nothing_is_decoded_before_it_is_asked_for(kind):
     assert calls == [True] and not torch.is_inference_mode_enabled()  # the caller's mode is its own
 
 
-@pytest.mark.gpu
-@kinds
-def test_on_a_gpu_parts_come_whole_while_the_next_one_is_made(kind):
-    make, n, size = CASES[kind]
-    decoder, z, calls = deepcopy(make()).to("cuda"), latents_of(size), []
-    with torch.inference_mode():
-        pieces = [_bytes(piece).cpu() for piece in decoder._pieces(z[None].cuda(), n, None, _all_tiles)]
-    last = getattr(decoder.vae, "spatial", decoder.vae).decoder
-    last.register_forward_pre_hook(lambda module, given: calls.append(0))
-    made = []
-    for number, part in enumerate(decoder.chunks(z, n), start=1):
-        made.append(part.clone())  # now: it may be used at once
-        assert len(calls) == min(number + 1, len(pieces))
-    assert len(made) == len(pieces) and all(near(*pair) for pair in zip(made, pieces, strict=True))
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_longer_causal_video_is_as_near_to_the_whole_as_with_hard_cuts_and_jumps_far_less(seed):
     z = nn.functional.interpolate(latents_of((6, 3, 3), seed)[None], (17, 3, 3), mode="trilinear")

@@ -1,4 +1,6 @@
 import os
+import threading
+import time
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -126,21 +128,36 @@ def test_a_video_in_parts_is_the_file_of_the_whole(tmp_path, ending):
     assert parts.read_bytes() == whole.read_bytes()
 
 
-def test_an_mp4_takes_a_part_when_it_has_written_the_one_before(tmp_path, monkeypatch):
-    order, from_ndarray = [], av.VideoFrame.from_ndarray
+def test_an_mp4s_part_is_written_while_the_next_one_is_made_and_no_further_one(tmp_path, monkeypatch):
+    order, second, encode = [], threading.Event(), video_module._encode
 
     def parts():
-        for part in clip(t=5).split(2):
-            order.append(f"{len(part)} made")
+        for number, part in enumerate(clip(t=6).split(2)):
+            order.append(f"made {number}")
+            if number == 1:
+                second.set()
             yield part
 
-    def written(array, format):
-        order.append("written")
-        return from_ndarray(array, format=format)
+    def written(*given):
+        assert second.wait(60)
+        encode(*given)
+        order.append(f"written {sum(event.startswith('written') for event in order)}")
 
-    monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=written))
+    monkeypatch.setattr(video_module, "_encode", written)
     save_video(parts(), tmp_path / "clip.mp4", fps=8, scale=1)
-    assert order == ["2 made", "written", "written", "2 made", "written", "written", "1 made", "written"]
+    assert sorted(order) == ["made 0", "made 1", "made 2", "written 0", "written 1", "written 2"]
+    assert order.index("made 1") < order.index("written 0") < order.index("made 2")
+
+
+def test_what_fails_while_a_part_is_written_is_told_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(video_module, "_encode", full)
+    for parts in (1, 2, 3):
+        with pytest.raises(OSError, match="no space left"):
+            save_video(clip(t=6).split(6 // parts), tmp_path / "clip.mp4", fps=8)
+        assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -206,6 +223,26 @@ def test_an_interrupt_half_way_through_an_mp4_leaves_nothing(tmp_path, monkeypat
         save_video(clip(t=120), tmp_path / "clip.mp4", fps=8, scale=1)
     assert len(beside[-1]) == 1 and beside[-1] != ["clip.mp4"]  # it was being written, under another name
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_while_a_part_is_made_does_not_wait_for_all_of_the_one_that_is_written(tmp_path, monkeypatch):
+    written, begun, from_ndarray = [], threading.Event(), av.VideoFrame.from_ndarray
+
+    def slowly(array, format):
+        written.append(array)
+        begun.set()
+        time.sleep(0.01)
+        return from_ndarray(array, format=format)
+
+    def parts():
+        yield clip(t=100)
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=slowly))
+    with pytest.raises(KeyboardInterrupt):
+        save_video(parts(), tmp_path / "clip.mp4", fps=8, scale=1)
+    assert 0 < len(written) < 50 and os.listdir(tmp_path) == []
 
 
 def test_a_saved_video_may_be_read_by_whom_the_umask_allows(tmp_path):
