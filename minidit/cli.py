@@ -403,7 +403,8 @@ def plan(args: argparse.Namespace) -> None:
     config = pipeline.asked(trained, **run_options(args, trained))
     recipe = args.pyramid or pipeline.recipe(config)
     pyramid = read_pyramid(recipe)
-    dtype = args.dtype or ("bfloat16" if preset or torch.cuda.is_available() else "float32")
+    gpu = preset is not None or torch.cuda.is_available()
+    dtype = args.dtype or ("bfloat16" if gpu else "float32")
     loop = references.read_loop(args.loop)
     references.check([], loop, config)
     groups = {count: halves(args, config, count) for count in args.ranks or ()}
@@ -419,26 +420,17 @@ def plan(args: argparse.Namespace) -> None:
     print(report.plan)
     print("'.' compute, S compute and store, R reuse; held: updates in the cache after the call\n")
     print(report)
-    run, device = fitting.Run(config=config, pyramid=pyramid), torch.device("cuda" if preset else "cpu")
+    run, device = fitting.Run(config=config, pyramid=pyramid), torch.device("cuda" if gpu else "cpu")
     held = {
-        ranks: fitting.model(replace(run, ranks=ranks, halves=parts), DTYPES[dtype], device)
+        ranks: sum(fitting.model(replace(run, ranks=ranks, halves=parts), DTYPES[dtype], device))
         for ranks, parts in {1: 1, **groups}.items()
     }
-    print(f"peak memory {readable(sum(held[1]), 1024)}B of the model, its weights and cache among it")
+    print(f"peak memory {readable(held[1], 1024)}B of the model, its weights and cache among it")
     if groups:
         speed = parallel.Speed(args.compute * 1e12, args.link * 1e9)
         _, latent = pipeline.schedule(config, DTYPES[dtype])
         print(f"\npredicted, at {args.compute:g} TFLOP/s and {args.link:g} GB/s of each rank; * is what a run chooses")
-        print(
-            parallel.table(
-                report.plan,
-                report.cost,
-                config.tokens(latent),
-                groups,
-                speed,
-                {n: sum(bytes) for n, bytes in held.items()},
-            )
-        )
+        print(parallel.table(report.plan, report.cost, config.tokens(latent), groups, speed, held))
     if args.json:
         print(f"\nwrote {args.json}")
 
