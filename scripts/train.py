@@ -369,14 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_float32_matmul_precision("high")
     rank, world = parallel.rank(), parallel.world()
-    device = torch.device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group()
     try:
-        run = train(args, rank, world, device)
+        with parallel.started(args.device) as device:
+            run = train(args, rank, world, device)
         if rank == 0 and args.show and run.step == args.steps:
             run.show()
     except KeyboardInterrupt:
@@ -385,9 +380,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
     return 0
 
 
