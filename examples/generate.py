@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A video with and without broadcast
 #
-# Runs top to bottom in half a minute on a CPU, with the small model that comes with minidit and knows 102 words: eight
+# Runs top to bottom in half a minute on a CPU, with the small model that comes with minidit and knows 101 words: eight
 # colours, four shapes, eight motions. `python examples/generate.py`, or cell by cell in an editor that knows `# %%`.
 
 # %%

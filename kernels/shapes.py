@@ -1,6 +1,6 @@
 """What every kernel makes and holds for itself, without computing it: for counting memory before a run.
 
-Each op as in reference.py, with the same refusals as its kernel. Its results have no numbers in them.
+Each op as in reference.py, of what its kernel takes: ops.py asks that first. Its results have no numbers in them.
 """
 
 from __future__ import annotations

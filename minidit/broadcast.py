@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from enum import Enum
 from math import inf
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 Part = Literal["spatial", "temporal", "cross", "mlp"]
 PARTS: tuple[Part, ...] = get_args(Part)
+Made = TypeVar("Made")
 
 
 class Site(NamedTuple):
@@ -163,12 +164,24 @@ def _rule_from_json(part: str, data: Any) -> Rule:
         raise ValueError(f"{part}: a rule is a JSON object or null, got {data!r}")
     try:
         if "starts" in data:
-            return TimestepTable(**data)
-        return Broadcast(**{**data, "window": Window(**data["window"])})
-    except KeyError as error:
-        raise ValueError(f"{part}: {error} is missing") from error
-    except (TypeError, ValueError) as error:
+            return _from_json(TimestepTable, data)
+        if "window" in data:
+            if not isinstance(data["window"], dict):
+                raise ValueError(f"window is a JSON object, got {data['window']!r}")
+            data = {**data, "window": _from_json(Window, data["window"], "window: ")}
+        return _from_json(Broadcast, data)
+    except ValueError as error:
         raise ValueError(f"{part}: {error}") from error
+
+
+def _from_json(kind: Callable[..., Made], data: Mapping[str, Any], where: str = "") -> Made:
+    """A dataclass of the entries of a JSON object. Raises ValueError for those that it lacks, or does not have."""
+    known = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := [name for name in data if name not in known]:
+        raise ValueError(f"{where}unknown {unknown[0]!r}; known: {', '.join(known)}")
+    if missing := [name for name, needed in known.items() if needed and name not in data]:
+        raise ValueError(f"{where}{missing[0]!r} is missing; known: {', '.join(known)}")
+    return kind(**data)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def load_config(name_or_folder: str | Path = "tiny") -> ModelConfig:
 def read_config(path: Path) -> ModelConfig:
     try:
         return ModelConfig.from_json(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minidit import checkpoint, fitting, parallel, pipeline, references, sizes
 from minidit.broadcast import RECIPES, Pyramid
 from minidit.config import ModelConfig
-from minidit.jobs import Job, jobs
+from minidit.jobs import Job, jobs, numbered
 from minidit.making import BAR, LONGEST, Making, clip
 from minidit.parallel import Layout
 from minidit.pipeline import Pipeline, readable
@@ -122,7 +122,7 @@ def parser() -> Parser:
     make.add_argument("caption", nargs="?", help='such as "a red circle moves to the right"')
     make.add_argument("--out", default="video.mp4", metavar="FILE", help=".mp4, .gif, .webp, or .png (%(default)s)")
     make.add_argument("--prompts", metavar="FILE", help="instead: a caption a line; --out: a folder, whose videos stay")
-    make.add_argument("--kind", choices=("mp4", "gif", "webp", "png"), default="mp4", help="of --prompts (%(default)s)")
+    make.add_argument("--kind", choices=("mp4", "gif", "webp", "png"), help="of the videos of --prompts (mp4)")
     make.add_argument("--model", default="tiny", help="tiny, or a model's folder (%(default)s)")
     make.add_argument("--weights", metavar="DIR", help="the folder of the published model that --model names")
     make.add_argument("--text", metavar="DIR", help="a T5, or org/name on the hub; else text_encoder/ in the folder")
@@ -166,7 +166,8 @@ def parser() -> Parser:
     about = "turn a published checkpoint into a folder for --model"
     turn = commands.add_parser("convert", help=about, description=about, epilog=CONVERT, formatter_class=raw)
     turn.set_defaults(command=convert)
-    turn.add_argument("source", metavar="SOURCE", help=f"a file ({', '.join(ENDINGS)}), a folder of one, or org/name")
+    source = f"a file ({', '.join(ENDINGS)}), a folder of one, or org/name[/path] on the hub"
+    turn.add_argument("source", metavar="SOURCE", help=source)
     turn.add_argument("out", metavar="OUT", help="the folder to write")
     turn.add_argument("--model", metavar="NAME", help="whose key map, if names and shapes do not tell")
     turn.add_argument("--config", metavar="FILE", help="a config.json of another shape for the map of --model")
@@ -211,7 +212,11 @@ def run_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]
     if args.resolution:
         height, width = sizes.size(args.resolution, args.ratio or "9:16")
     if args.seconds:
-        frames = sizes.frames(f"{args.seconds.removesuffix('s')}s")
+        name = f"{args.seconds.removesuffix('s')}s"
+        if name not in sizes.FRAMES:
+            known = ", ".join(name.removesuffix("s") for name in sizes.FRAMES if name != "image")
+            raise ValueError(f"--seconds is one of {known}, got {args.seconds!r}: give --frames for another length")
+        frames = sizes.frames(name)
     return dict(steps=args.steps, guidance=args.guidance, frames=frames, height=height, width=width)
 
 
@@ -261,12 +266,14 @@ def asked_for(args: argparse.Namespace) -> list[Job]:
     """The one that is asked for, or those of the lines of a file that are not there yet."""
     if (args.caption is None) == (args.prompts is None):
         raise ValueError("give a caption, or a file of them with --prompts (see minidit generate --help)")
+    if args.caption is not None and args.kind:
+        raise ValueError("--kind is of --prompts: the ending of --out says what kind of file a single video is")
     if args.caption is not None:
         return [Job(args.caption, Path(args.out), args.seed)]
     folder = Path(args.out)
     if folder.suffix or folder.is_file():
         raise ValueError(f"--prompts makes many videos: name a folder for them with --out, not {folder}")
-    return jobs(Path(args.prompts), folder, kind=args.kind, seed=args.seed)
+    return jobs(Path(args.prompts), folder, kind=args.kind or "mp4", seed=args.seed)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -300,7 +307,10 @@ def generate(args: argparse.Namespace) -> None:
             else:
                 print(f"{lines}\n\nwrote {job.out} ({shown})")
         if args.prompts and parallel.rank() == 0:
-            print(f"{len(todo)} videos made in {args.out}, of which {len(own)} here")
+            there = len(numbered(Path(args.prompts))) - len(todo)
+            stay = f", {there} were there already and stay as they are" if there else ""
+            here = f", of which {len(own)} here" if parallel.world() > 1 else ""
+            print(f"{len(todo)} videos made in {args.out}{here}{stay}")
 
 
 def layout(args: argparse.Namespace, config: ModelConfig, device: torch.device) -> tuple[Layout, int]:
@@ -327,16 +337,19 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     around, loop = [references.read(text) for text in args.reference], references.read_loop(args.loop)
     references.check(around, loop, config)
     pyramid = read_pyramid(args.pyramid or pipeline.recipe(config))
+    if args.decoder_memory and config.captions:
+        raise ValueError("--decoder-memory is of a published family: this model makes its frames itself")
     if args.compare and pyramid is None:
         raise ValueError("--compare with --pyramid none would set a video beside itself: name another pyramid")
     dtype = DTYPES[args.dtype] if args.dtype else None
     pipe = Pipeline.load(named(args), text=args.text, vae=args.vae, device=device, dtype=dtype, offload=args.offload)
     pipe.schedule(config)
-    if config.captions and args.device == "cpu":
-        report = pipeline.predict(config, pipe.dtype, pyramid)
-        # at least: the cache, the tokens, their queries, keys, values. A system that lends more than it has kills later
-        if report.peak_bytes + 4 * report.cost.update_bytes > memory():
-            raise MemoryError
+    report = pipeline.predict(config, pipe.dtype, pyramid)
+    note_of_reuse(pyramid, report)
+    # at least: the cache, the tokens, their queries, keys, values. A system that lends more than it has kills later
+    least = report.peak_bytes + 4 * report.cost.update_bytes
+    if config.captions and args.device == "cpu" and least > memory():
+        raise MemoryError
     pipe.text.check([job.caption for job in todo], args.negative)
     options |= {"negative": args.negative, "two_calls": args.two_calls, "references": around, "loop": loop}
     if config.captions is None:
@@ -350,6 +363,7 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
             offload=args.offload,
             ranks=ranks,
             halves=halves(args, config, ranks),
+            axis=args.axis,
         )
         peaks, options["tile"] = fitting.fit(pipe, run, free, decoding=decoding)
         if parallel.rank() == 0:
@@ -365,6 +379,12 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
     return Making(pipe, config, pyramid, options, fps, args.compare)
 
 
+def note_of_reuse(pyramid: Pyramid | None, report: pipeline.Prediction) -> None:
+    """On stderr, that a pyramid does nothing here: its windows, or its blocks, are others than the run's."""
+    if pyramid and report.flops == report.flops_without and parallel.rank() == 0:
+        print("minidit: note: this pyramid reuses nothing in this run, see minidit plan", file=sys.stderr)
+
+
 def ranks_of_a_video(args: argparse.Namespace) -> int:
     return max(1, parallel.world() // args.data)
 
@@ -372,12 +392,15 @@ def ranks_of_a_video(args: argparse.Namespace) -> int:
 def halves(args: argparse.Namespace, config: ModelConfig, ranks: int) -> int:
     """The groups, for guidance, of the ranks of a video: as is asked for, or as parallel.halves says."""
     asked: bool | None = args.split_guidance
+    if asked and config.sampling.guidance == 1:
+        raise ValueError("--split-guidance: with a guidance of 1 there is no second half for other ranks")
     return parallel.halves(ranks, config.sampling.guidance) if asked is None else 1 + asked
 
 
 def named(args: argparse.Namespace) -> str:
     """The folder of a model, or the name of an embedded one. ValueError for weights that are not what --model names."""
     if args.weights is None:
+        known(args.model)
         if args.model in PRESETS and not Path(args.model).exists():
             raise ValueError(
                 f"{args.model} is a shape without weights, for `minidit plan`; give them with --weights, or give tiny "
@@ -392,12 +415,20 @@ def named(args: argparse.Namespace) -> str:
     return str(args.weights)
 
 
+def known(model: str) -> None:
+    """Raises ValueError for what is neither a folder nor the name of a model."""
+    if not (Path(model).exists() or model in checkpoint.EMBEDDED or model in PRESETS):
+        names = ", ".join((*checkpoint.EMBEDDED, *PRESETS))
+        raise ValueError(f"unknown model {model!r}: give a model's folder, or one of {names}")
+
+
 def family(config: ModelConfig) -> tuple[object, ...]:
     """What models of all sizes of a family have in common."""
     return config.blocks, config.told, config.positions.time, config.sampling.method, config.sampling.time
 
 
 def plan(args: argparse.Namespace) -> None:
+    known(args.model)
     preset = None if Path(args.model).exists() else PRESETS.get(args.model)  # a folder may have a preset's name
     trained = preset or checkpoint.load_config(pipeline.model_folder(args.model))
     config = pipeline.asked(trained, **run_options(args, trained))
@@ -411,6 +442,7 @@ def plan(args: argparse.Namespace) -> None:
     if odd := [count for count, parts in groups.items() if count % parts]:
         raise ValueError(f"--split-guidance: {odd[0]} ranks do not divide into two halves")
     report = replace(pipeline.predict(config, DTYPES[dtype], pyramid), clips=loop.clips)
+    note_of_reuse(pyramid, report)
     if args.json == "-":
         print(report.plan.to_json())
         return

@@ -242,7 +242,11 @@ class ModelConfig:
         """Rows and columns of patches. Raises ValueError for latents that a model does not take."""
         sizes = list(zip(latent[1:], self.patch[1:], strict=True))
         if self.odd == "refuse" and any(size % patch for size, patch in sizes):
-            raise ValueError(f"this model takes latents of whole patches, {self.patch[1:]}, got {tuple(latent[1:])}")
+            height, width = (self.sampling.space * patch for patch in self.patch[1:])
+            raise ValueError(
+                f"this model takes latents of whole patches, {self.patch[1:]}, got {tuple(latent[1:])}: give a height "
+                f"that is a multiple of {height} pixels and a width that is one of {width}"
+            )
         rows, columns = (size // patch if self.odd == "cut" else ceil(size / patch) for size, patch in sizes)
         if not rows or not columns:
             raise ValueError(f"latents of {tuple(latent[1:])} have no patch of {self.patch[1:]}")

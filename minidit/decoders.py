@@ -24,7 +24,6 @@ from minidit.tiling import Fused, Held, Map, Tile, mosaic, tiled, windows
 OVERLAP = 8  # latents that tiles share, as a quarter of the 256 pixels of Open-Sora-Plan's
 WINDOW = Tile(size=17, overlap=4)  # latents: 65 frames, which Open-Sora-Plan decodes together
 TOGETHER = 14  # frames; Vchitect/Latte b27c24a1 sample/pipeline_latte.py decode_latents_with_temporal_decoder
-LIBRARIES = 2**26  # bytes: cuBLAS takes 32 MiB at its first call, and an allocator rounds up
 Across = Callable[[Map, Tensor, Tile | None, int], Tensor]  # f, z, tile and space to f(z); see `_all_tiles`
 
 
@@ -86,16 +85,16 @@ class Decoder(nn.Module):
         Of the published shapes at 256x256 to 720p it is 1.0 to 1.3 times what torch 2.11 allocated on an H100, if that
         had the room; what its allocator keeps in reserve (`max_memory_reserved`) can be twice as much.
         """
-        parameter = next(self.parameters())
+        dtype = next(self.parameters()).dtype
         bare = {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in (*self.parameters(), *self.buffers())}
         twin = deepcopy(self, bare)  # without a copy of the weights
         with torch.no_grad(), Fused(), Held() as held:
-            z = torch.empty(1, self.channels, *latent, dtype=parameter.dtype, device="meta")
+            z = torch.empty(1, self.channels, *latent, dtype=dtype, device="meta")
             pieces = twin._pieces(z, self._frames(latent[0]), tile, _one_tile)
             sizes = [_bytes(piece).nbytes * piece.itemsize for piece in islice(pieces, 2)]
-        return held.peak + (3 * max(sizes) if tile else 0) + (LIBRARIES if parameter.is_cuda else 0)
+        return held.peak + (3 * max(sizes) if tile else 0)
 
-    def fit(self, latent: tuple[int, int, int], memory: int) -> Tile | None:
+    def fit(self, latent: tuple[int, int, int], memory: float) -> Tile | None:
         """The largest tile with which `peak_bytes` is at most memory; None, without tiles, if that is.
 
         Raises ValueError if not even the smallest does.

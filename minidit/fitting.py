@@ -15,7 +15,7 @@ from minidit import memory
 from minidit.broadcast import Pyramid
 from minidit.config import ModelConfig
 from minidit.decoders import Decoder
-from minidit.parallel import choose_axis, halves, shares
+from minidit.parallel import Axis, choose_axis, halves, shares
 from minidit.pipeline import Pipeline, asked, predict, readable, schedule
 from minidit.stages import Prompts
 from minidit.tiling import Tile
@@ -35,6 +35,7 @@ class Run:
     offload: bool = False
     ranks: int = 1  # that make the video together
     halves: int = 1  # into which they are divided for guidance
+    axis: Axis | None = None  # that they share, None: the faster
 
 
 def peaks(pipe: Pipeline, run: Run) -> dict[str, int]:
@@ -44,17 +45,29 @@ def peaks(pipe: Pipeline, run: Run) -> dict[str, int]:
     """
     found = {}
     if isinstance(pipe.text, Prompts) and Path(pipe.text.source).is_dir():
-        found["text"] = text(pipe.text, run)
+        found["text"] = text(pipe.text, run, pipe.device)
     found["model"] = sum(model(run, pipe.dtype, pipe.device))
     if isinstance(pipe.decoder, Decoder):
-        found["decoder"] = memory.weights(pipe.decoder) + pipe.decoder.peak_bytes(pipe.schedule(run.config)[1])
+        found["decoder"] = decoder(pipe.decoder, pipe.device)
+        found["decoder"] += pipe.decoder.peak_bytes(pipe.schedule(run.config)[1])
     return found
 
 
-def text(prompts: Prompts, run: Run) -> int:
+def text(prompts: Prompts, run: Run, device: torch.device) -> int:
     """Bytes of encoding."""
     folder, length = Path(prompts.source), prompts.length
-    return memory.of_text(folder, captions=run.captions, length=length, dtype=prompts.dtype, offload=run.offload)
+    bytes = memory.of_text(folder, captions=run.captions, length=length, dtype=prompts.dtype, offload=run.offload)
+    return bytes + libraries(device)
+
+
+def decoder(part: Decoder, device: torch.device) -> int:
+    """Bytes of decoding, beside what it holds of the video."""
+    return memory.weights(part) + libraries(device)
+
+
+def libraries(device: torch.device) -> int:
+    """Bytes that are taken beside all tensors."""
+    return memory.LIBRARIES if device.type == "cuda" else 0
 
 
 def model(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -62,7 +75,7 @@ def model(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[int, int]
     _, latent = schedule(run.config, dtype)
     expected = predict(run.config, dtype, run.pyramid, captions=run.captions)
     tokens, sharing = run.config.tokens(latent), run.ranks // run.halves
-    axis = choose_axis(expected.plan, expected.cost.share(run.halves), tokens, ranks=sharing)
+    axis = run.axis or choose_axis(expected.plan, expected.cost.share(run.halves), tokens, ranks=sharing)
     frames, places = (shares(size, sharing) for size in tokens)
     part, size = (frames[0], tokens[0]) if axis == "frames" else (places[0], tokens[1])
     apart = run.two_calls or run.halves > 1 or run.config.sampling.guidance == 1
@@ -75,8 +88,9 @@ def model(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[int, int]
         offload=run.offload,
         shares=memory.Alone(axis, frames, places) if sharing > 1 else None,
         kernels=device.type == "cuda" and importlib.util.find_spec("triton") is not None,
+        calls=2 if run.two_calls else 1,
     )
-    return bytes, expected.peak_bytes // run.halves * part // size
+    return bytes + libraries(device), expected.peak_bytes // run.halves * part // size
 
 
 def fit(pipe: Pipeline, run: Run, free: float, *, decoding: float | None = None) -> tuple[dict[str, int], Tile | None]:
@@ -88,14 +102,14 @@ def fit(pipe: Pipeline, run: Run, free: float, *, decoding: float | None = None)
     found, tile = peaks(pipe, run), None
     if found.get("text", 0) > free:
         assert isinstance(pipe.text, Prompts)
-        less = not run.offload and text(pipe.text, replace(run, offload=True)) <= free
+        less = not run.offload and text(pipe.text, replace(run, offload=True), pipe.device) <= free
         raise ValueError(
             f"the text encoder takes {_bytes(found['text'])}, free are {_bytes(free)}: use "
             f"{'--offload or ' if less else ''}--device cpu"
         )
     if isinstance(pipe.decoder, Decoder):
-        bytes, (_, latent) = memory.weights(pipe.decoder), pipe.schedule(run.config)
-        tile = pipe.decoder.fit(latent, int(free - bytes if decoding is None else decoding))
+        bytes, (_, latent) = decoder(pipe.decoder, pipe.device), pipe.schedule(run.config)
+        tile = pipe.decoder.fit(latent, free - bytes if decoding is None else decoding)
         found["decoder"] = bytes + pipe.decoder.peak_bytes(latent, tile=tile)
     if found["model"] > free:
         fitting, (_, kept) = [*others(pipe, run, free)], model(run, pipe.dtype, pipe.device)

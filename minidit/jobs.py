@@ -23,6 +23,8 @@ def numbered(captions: str | Path | Sequence[str]) -> dict[int, str]:
     if isinstance(captions, str):
         return {0: captions}
     if not isinstance(captions, Path):
+        if not captions:
+            raise ValueError("no caption is given: give one, or a list of them")
         return dict(enumerate(captions))
     try:
         lines = captions.read_text().splitlines()
@@ -36,9 +38,10 @@ def numbered(captions: str | Path | Sequence[str]) -> dict[int, str]:
 def jobs(captions: Path | Sequence[str], folder: str | Path, *, kind: str = "mp4", seed: int = 0) -> list[Job]:
     """The videos that are not in the folder yet, which is made: caption i as 000i.mp4, from the noise of seed + i.
 
-    captions: a list, or a file of a caption a line. Whatever is there already, each has the same name and seed, so that
-    a run that was interrupted is taken up by running it again; `save_video` leaves no half of a file. Raises OSError or
-    ValueError for a file that cannot be read and a folder that cannot be made.
+    captions: a list, or a file of a caption a line, where i counts all lines, from 0, empty ones too. Whatever is there
+    already, each has the same name and seed, so that a run that was interrupted is taken up by running it again;
+    `save_video` leaves no half of a file. Raises OSError or ValueError for a file that cannot be read and a folder that
+    cannot be made.
     """
     folder, every = Path(folder), numbered(captions)
     folder.mkdir(exist_ok=True)

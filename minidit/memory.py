@@ -24,6 +24,8 @@ from minidit.parallel import Shares
 from minidit.text import CONFIG, layout_of
 from minidit.tiling import Fused, Held
 
+LIBRARIES = 2**26  # bytes, of a stage on a GPU: cuBLAS takes 32 MiB at its first call, and an allocator rounds up
+
 
 class Alone(Shares):
     """The shares of one of several ranks, without the others: on the meta device there is nothing to trade."""
@@ -58,13 +60,23 @@ def of_model(
     offload: bool = False,
     shares: Shares | None = None,
     kernels: bool = False,
+    calls: int = 1,
 ) -> int:
     """Bytes of a run. batch: samples in one model call; cache_bytes: held by the run's cache at most.
 
     offload: see offload.py. shares: what this rank has of the tokens, None: all. kernels: of a run on a GPU with
-    Triton, which holds less.
+    Triton, which holds less. calls: of a step, each of which is conditioned on something of its own.
     """
-    whole = partial(_of_model, dtype=dtype, latent=latent, batch=batch, offload=offload, shares=shares, kernels=kernels)
+    whole = partial(
+        _of_model,
+        dtype=dtype,
+        latent=latent,
+        batch=batch,
+        offload=offload,
+        shares=shares,
+        kernels=kernels,
+        calls=calls,
+    )
     if config.depth <= 3:
         return whole(config) + cache_bytes
     # every further layer holds as much as the third, and a run of 28 takes seconds also on the meta device
@@ -81,6 +93,7 @@ def _of_model(
     offload: bool,
     shares: Shares | None,
     kernels: bool,
+    calls: int,
 ) -> int:
     with torch.device("meta"):
         model = DiT(config).to(dtype).requires_grad_(False)
@@ -92,8 +105,11 @@ def _of_model(
     impl: ops.Impl = "shapes" if kernels else "torch"
     # with gradients it does not read its weights for bounds
     with torch.enable_grad(), Fused(), ops.using(impl), _held(model) as held:
-        cond = model.prepare(told, None, latent=latent, height=run.height, width=run.width, fps=fps, shares=shares)
-        model(z, 500.0, cond).float()
+        conds = [
+            model.prepare(told, None, latent=latent, height=run.height, width=run.width, fps=fps, shares=shares)
+            for _ in range(calls)
+        ]
+        model(z, 500.0, conds[0]).float()
     return held.peak - (_at_home(layers(model)) if offload else 0)
 
 

@@ -219,9 +219,9 @@ class DiT(nn.Module):
 
     def _bounds(self) -> dict[Site, float]:
         """The largest scores of attention within a frame, known where it norms; not in training, where they change."""
-        if not self.config.qk_norm or torch.is_grad_enabled():
-            return {}
         spatial = [site for site in self.sites if site.part == "spatial"]
+        if not self.config.qk_norm or not spatial or torch.is_grad_enabled():
+            return {}
         layers = [self.blocks[site.block]["spatial"].f for site in spatial]
         bounds = torch.stack([score_bound(f.q_norm, f.k_norm) for f in layers])
         return dict(zip(spatial, bounds.tolist(), strict=True))  # one wait for the device

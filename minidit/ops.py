@@ -1,7 +1,8 @@
 """The one place that chooses how an op is computed: by its Triton kernel, or in plain torch, its meaning.
 
 Each op has one name and signature in kernels/reference.py and in kernels/<op>.py. Triton takes tensors on a GPU that
-need no gradient, where the kernel supports them; all else is plain torch. `using` asks for one of the two.
+need no gradient, where the kernel supports them; all else is plain torch. `using` asks for one of the two, or only for
+the shapes of what would be made.
 """
 
 from __future__ import annotations

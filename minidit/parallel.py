@@ -207,7 +207,7 @@ def table(
     ]
     for count, divided in groups.items():
         ranks, part = count // divided, price.share(divided)
-        chosen = choose_axis(plan, part, tokens, ranks=ranks, speed=speed)
+        chosen = choose_axis(plan, part, tokens, ranks=ranks)
         for axis, size in zip(TRADED, tokens, strict=True):
             if ranks == 1 and axis != chosen:  # nothing is shared along either
                 continue
@@ -287,7 +287,10 @@ def layout(device: torch.device, *, guidance: int = 1, data: int = 1, axis: Axis
     """
     world = dist.get_world_size()
     if world % (guidance * data):
-        raise ValueError(f"{world} ranks do not divide into {data} x {guidance} groups (data x guidance)")
+        raise ValueError(
+            f"{world} ranks do not divide into {data} x {guidance} groups (data x guidance): start a multiple of "
+            f"{guidance * data}"
+        )
     sizes = {"data": data, "guidance": guidance, "sequence": world // (guidance * data)}
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     groups = {name: mesh.get_group(name) if size > 1 else None for name, size in sizes.items()}

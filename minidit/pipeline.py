@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +134,14 @@ def recipe(config: ModelConfig) -> str:
     return "latte-236" if config.sampling.time == 1 else "open-sora-plan-246"
 
 
+def pyramid_named(name: str, config: ModelConfig) -> Pyramid | None:
+    """The recipe of that name, or "paper": the paper's for the model's family. ValueError for another name."""
+    name = recipe(config) if name == "paper" else name
+    if name not in RECIPES:
+        raise ValueError(f"unknown pyramid {name!r}: give a Pyramid, or the name of one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
 def noise(shape: Sequence[int], seed: int) -> Tensor:
     """Drawn on the CPU: a seed means the same on every device and in every batch."""
     return draws([seed])(torch.empty(1, *shape))[0]
@@ -206,6 +214,10 @@ class Pipeline:
         at = model_folder(folder)
         config = checkpoint.load_config(at)
         if config.captions:
+            if text or vae:
+                raise ValueError(
+                    f"the model of {folder} reads captions and makes frames itself: give no text and no vae"
+                )
             if offload:
                 raise ValueError(f"the model of {folder} is small, and all on the device at once: leave offload out")
             return cls.of(checkpoint.load(at, device=device, dtype=dtype))
@@ -264,7 +276,7 @@ def generate(
     model: DiT | Pipeline,
     captions: str | Path | Sequence[str],
     *,
-    pyramid: Pyramid | Literal["paper"] | None = "paper",
+    pyramid: Pyramid | str | None = "paper",
     seed: int = 0,
     negative: str | None = None,
     steps: int | None = None,
@@ -283,12 +295,12 @@ def generate(
     """A video for every caption: (B, T, H, W, 3) uint8, or (T, H, W, 3) for one caption; and what it cost.
 
     model: a Pipeline, or a DiT that is one by itself. captions: one, several, or the Path of a file with one a line.
-    pyramid: "paper" is the paper's recipe for its family. negative: what the videos are guided away from. What is None
-    is as the model was trained. Video i of a batch, or of a file's line i, starts from the noise of seed + i, the same
-    on every device and in every batch. references: latents that every video is made around. loop: clips of one video,
-    each of which goes on where the one before ends; frames is of a clip. tile: see Decoder.chunks. layout: the ranks
-    that make the videos together, each of which gets all of them. Raises ValueError for captions the model does not
-    know, sizes it cannot have and references it cannot be given.
+    pyramid: or the name of one in RECIPES, or "paper": that for the model's family. negative: what the videos are
+    guided away from. What is None is as the model was trained. Video i of a batch, or of a file's line i, starts from
+    the noise of seed + i, the same on every device and in every batch. references: latents that every video is made
+    around. loop: clips of one video, each of which goes on where the one before ends; frames is of a clip. tile: see
+    Decoder.chunks. layout: the ranks that make the videos together, each of which gets all of them. Raises ValueError
+    for captions the model does not know, sizes it cannot have and references it cannot be given.
 
     into: is handed each video as it is decoded, in parts (t, H, W, 3) that it need not keep, and what it returns stands
     for the video: partial(save_video, path="long.mp4", fps=24) holds one part at a time, of a loop also the clips
@@ -302,7 +314,7 @@ def generate(
     config = asked(pipe.config, steps=steps, guidance=guidance, frames=frames, height=height, width=width)
     run, (sampler, latent) = config.sampling, pipe.schedule(config)
     check(references, loop, config)
-    pyramid = RECIPES[recipe(config)] if pyramid == "paper" else pyramid
+    pyramid = pyramid_named(pyramid, config) if isinstance(pyramid, str) else pyramid
     start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.offload)
 
     def watch(step: sampling.Step) -> None:

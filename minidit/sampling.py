@@ -89,8 +89,9 @@ def sample(
     apart = layout.guidance is not None
     if apart and not guided:
         raise ValueError("a guidance of 1 has no second half for other ranks: start fewer")
-    told = {"text": text, "lengths": lengths, "null": null, "guidance": guidance}
-    layout.agree(z.device, z=z, **told, plan=plan, sampler=sampler, frames=frames)
+    told = {"text": text, "lengths": lengths, "null": null, "guidance": guidance, "two_calls": two_calls}
+    sizes = {"height": height, "width": width, "fps": fps}
+    layout.agree(z.device, z=z, **told, **sizes, plan=plan, sampler=sampler, frames=frames)
     if text is not None and lengths is not None:
         text = text[:, : int(lengths.max())]  # nobody attends to what lies behind
     batches = _halves(model, text, null, two_calls or apart) if guided else [text]

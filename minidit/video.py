@@ -74,6 +74,11 @@ def check_output(path: str | Path) -> None:
         raise NotADirectoryError(f"{path}: {folder} is a file, not a folder; name another place")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: no permission to write in the folder {folder}; name another")
+    try:
+        with _unfinished(path) as file:
+            file.touch()
+    except OSError as error:
+        raise OSError(f"{path}: the folder {folder} takes no file ({error.strerror}); name another") from error
 
 
 def load_video(path: str | Path) -> Tensor:
@@ -208,13 +213,25 @@ def _factor(video: Tensor, short: int) -> int:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A name in path's folder to write to; it becomes path when the block ends well and is deleted when not."""
+    with _unfinished(path) as file:
+        try:
+            yield file
+            os.replace(file, path)
+        except OSError as error:
+            if error.errno and error.filename in (None, str(file)):  # told by the name that it would have
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A name beside path; a file of that name is gone after the block."""
     # not tempfile: its files are readable by their owner alone, and would stay so
-    unfinished = path.with_name(f".{secrets.token_hex(8)}{path.suffix.lower()}")
+    file = path.with_name(f".{secrets.token_hex(8)}{path.suffix.lower()}")
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        yield file
     finally:
-        unfinished.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def _write_mp4(parts: Iterator[Tensor], path: Path, fps: float) -> None:

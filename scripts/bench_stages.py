@@ -216,15 +216,16 @@ def measure(pipe: Pipeline, name: str, config: ModelConfig, recipe: str, file: P
     predicted, tile = fitting.fit(pipe, fitting.Run(config=config, pyramid=RECIPES[recipe]), free)
     assert isinstance(pipe.text, Prompts) and isinstance(pipe.decoder, OpenSora)
     parts = {"text": pipe.text.t5.encoder, "model": pipe.model, "decoder": pipe.decoder.vae.spatial.decoder}
-    asked, written = config.sampling, partial(save_video, path=file, fps=config.sampling.fps, scale=1)
+    asked, (_, latent) = config.sampling, pipe.schedule(config)
+    written = partial(save_video, path=file, fps=asked.fps, scale=1)
     with timed(pipe.device) as stages, finiteness(parts) as finite:
         report = run(pipe, config, recipe, tile, written)
     return {
         "case": name,
         "recipe": recipe,
         "frames": asked.frames,
-        "height": asked.height,
-        "width": asked.width,
+        "height": latent[1] * asked.space,  # of whole latents
+        "width": latent[2] * asked.space,
         "steps": len(report.plan),
         "tokens": len(pipe.text.t5.words.encode(pipe.text.rules.prompt(CAPTION))) + 1,  # and the end's
         "tile": tile and tile.size,

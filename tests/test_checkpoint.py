@@ -121,8 +121,8 @@ def test_a_name_that_is_no_model_is_refused_with_those_there_are(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "Expecting value"),
-        ('{"depth": 1', "Expecting ',' delimiter"),
+        ("", "not JSON: Expecting value"),
+        ('{"depth": 1', "not JSON: Expecting ',' delimiter"),
         ("[]", "not a minidit model config: expected an object, got list"),
         ("{}", "not a minidit model config: '\\w+' is missing"),
         (json.dumps({**CONFIG.to_json(), "depth": 0}), "ModelConfig.depth must be a positive whole number, got 0"),

@@ -18,6 +18,8 @@ def captions(tmp_path):
 def test_captions_have_the_number_of_their_line_or_place(captions):
     assert numbered(captions) == {0: "a red circle", 2: "a circle moves"}
     assert numbered(["a", "b"]) == {0: "a", 1: "b"} and numbered("captions.txt") == {0: "captions.txt"}
+    with pytest.raises(ValueError, match="no caption is given"):
+        numbered([])
 
 
 @pytest.mark.parametrize(("data", "said"), [(b"\n \n", "has no caption in it"), (b"\xff", "give a text file")])

@@ -48,7 +48,8 @@ def test_a_wheel_installs_minidit_and_nothing_beside_it(wheel):
 def test_a_wheel_holds_every_module_once(wheel, name):
     package = name if name.startswith("minidit") else f"minidit/{name}"
     inside = [entry for entry in wheel if entry.rpartition("/")[0] == package]
-    assert sorted(inside) == sorted(f"{package}/{path.name}" for path in (ROOT / name).glob("*.py"))
+    names = [path.name for path in (ROOT / name).glob("*.py")] + ["py.typed"] * (name == "minidit")
+    assert sorted(inside) == sorted(f"{package}/{name}" for name in names)
 
 
 def test_a_wheel_holds_the_embedded_model(wheel):

@@ -97,7 +97,7 @@ def built(preset):
     return model
 
 
-def latents(preset, latent, pyramid, guidance, frames=None, layout=parallel.ALONE):
+def latents(preset, latent, pyramid, guidance, frames=None, layout=parallel.ALONE, **other):
     """What six steps make."""
     model, generator = built(preset), torch.Generator().manual_seed(1)
     config = model.config
@@ -106,10 +106,9 @@ def latents(preset, latent, pyramid, guidance, frames=None, layout=parallel.ALON
     text = torch.randn(1, config.caption_length, config.caption_dim, generator=generator)
     if not config.caption_dim:
         text = torch.tensor([3]) if config.classes else None
-    return sampling.sample(
-        model,
-        z,
-        text,
+    options = dict(
+        z=z,
+        text=text,
         plan=plan(pyramid, samplers.planned(sampler, config, model.dtype), model.sites),
         sampler=sampler,
         guidance=guidance if text is not None else 1.0,
@@ -121,6 +120,7 @@ def latents(preset, latent, pyramid, guidance, frames=None, layout=parallel.ALON
         noise=lambda z: torch.randn(z.shape, generator=generator),
         layout=layout,
     )
+    return sampling.sample(model, **{**options, **other})
 
 
 class Counted:
@@ -222,21 +222,42 @@ def test_the_halves_of_guidance_may_be_on_ranks_of_their_own(ranks, preset):
 # what goes wrong
 
 
-def told(groups, pairs, size):
-    """Rank 1 is given another guidance."""
+def told(groups, pairs, size, name):
+    """Rank 1 is given another one."""
+    config = CONFIGS["opensora-1.2"]
+    others = {
+        "z": torch.zeros(1, config.in_channels, 3, 4, 6),
+        "text": torch.zeros(1, config.caption_length, config.caption_dim),
+        "lengths": torch.tensor([config.caption_length]),
+        "null": torch.zeros(config.caption_length, config.caption_dim),
+        "frames": torch.ones(1, 3),
+        "guidance": 3.0,
+        "two_calls": True,
+        "height": 64,
+        "width": 64,
+        "fps": 30,
+    }
+    other = {name: others[name]} if name in others and dist.get_rank() else {}
+    pyramid = Pyramid(cross=Broadcast(2, Window(0, 1000))) if name == "plan" and dist.get_rank() else None
+    guidance = other.pop("guidance", 4.0)
     try:
-        latents("opensora-1.2", (3, 4, 6), None, 3.0 if dist.get_rank() else 4.0, layout=Layout(groups[size]))
+        latents("opensora-1.2", (3, 4, 6), pyramid, guidance, layout=Layout(groups[size]), **other)
     except ValueError as error:
         return str(error)
 
 
-def test_ranks_that_were_given_different_things_say_which(ranks):
-    message = "the ranks of a run were given different guidance: start all alike"
-    assert ranks.run(told, 2, 2) == [message, message]
+@pytest.mark.parametrize(
+    "name", ["z", "text", "lengths", "null", "guidance", "two_calls", "height", "width", "fps", "plan", "frames"]
+)
+def test_ranks_that_were_given_different_things_say_which(ranks, name):
+    message = f"the ranks of a run were given different {name}: start all alike"
+    assert ranks.run(told, 2, 2, name) == [message, message]
 
 
 def test_a_world_that_does_not_divide_is_refused(ranks):
-    assert set(ranks.run(undivided, 8)) == {"8 ranks do not divide into 3 x 2 groups (data x guidance)"}
+    assert set(ranks.run(undivided, 8)) == {
+        "8 ranks do not divide into 3 x 2 groups (data x guidance): start a multiple of 6"
+    }
 
 
 def undivided(groups, pairs):

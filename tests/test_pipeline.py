@@ -493,7 +493,7 @@ def test_a_folder_that_lacks_something_says_what(refused, published, tmp_path_fa
         ("opensora-1.2", ["--seconds", "2", "--frames", "17"], "a fox", "and --frames without --seconds"),
         ("opensora-1.2", ["--ratio", "1:1"], "a fox", "--ratio is of a --resolution"),
         ("opensora-1.2", ["--resolution", "480p", "--ratio", "1"], "a fox", "unknown ratio '1'"),
-        ("opensora-1.2", ["--seconds", "3"], "a fox", "unknown duration '3s'"),
+        ("opensora-1.2", ["--seconds", "3"], "a fox", "--seconds is one of 2, 4, 8, 16, 32, got '3'"),
         ("opensora-1.2", ["--weights", "latte-t2v"], "a fox", "latte-t2v does not hold opensora-1.2"),
         ("latte-t2v", ["--loop", "2"], "a fox", "was not trained with frame masks"),
         ("tiny", ["--loop", "2"], "a red circle", "was not trained with frame masks"),
@@ -508,3 +508,15 @@ def test_a_folder_that_lacks_something_says_what(refused, published, tmp_path_fa
 def test_what_does_not_fit_together_is_one_line(refused, name, options, caption, said):
     line = refused(name, *options, caption=caption)
     assert said in re.sub(r"\s+", " ", line)
+
+
+def test_a_pyramid_may_be_given_by_its_name():
+    model, names = checkpoint.load(), ("paper", "pab-246", "none")
+    run = dict(captions="a red circle moves", steps=6, frames=4, height=16, width=16)
+    named, given = (
+        [pipeline.generate(model, pyramid=it, **run)[1].plan for it in some]
+        for some in (names, (RECIPES["pab-246"], RECIPES["pab-246"], None))
+    )
+    assert named == given and named[0] != named[2]
+    with pytest.raises(ValueError, match="unknown pyramid 'pab-247': give a Pyramid, or the name of one of none, pab"):
+        pipeline.generate(model, pyramid="pab-247", **run)

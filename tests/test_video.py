@@ -1,7 +1,9 @@
+import errno
 import os
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -272,6 +274,30 @@ def test_a_place_that_cannot_be_written_to_is_refused_by_its_name(tmp_path, monk
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(PermissionError, match="no permission to write"):
         save_video(clip(), tmp_path / "clip.mp4", fps=8)
+
+
+def test_a_place_that_takes_no_file_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    def refuse(path, *given, **options):
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(
+        OSError, match=r"a.mp4: the folder .* takes no file \(No such file or directory\); name another"
+    ):
+        check_output(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_full_disk_is_told_with_the_name_that_was_asked_for(tmp_path, monkeypatch, ending):
+    def full(parts, path, fps):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(video_module.WRITERS, ending, full)
+    path = tmp_path / f"clip{ending}"
+    with pytest.raises(OSError, match="No space left") as error:
+        save_video(clip(), path, fps=8)
+    assert error.value.filename == str(path) and os.listdir(tmp_path) == []
 
 
 def test_a_good_place_is_accepted_and_left_as_it_was(tmp_path, monkeypatch):

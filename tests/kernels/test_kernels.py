@@ -353,6 +353,16 @@ def test_asking_for_triton_computes_by_the_kernel_or_says_why_not():
             ops.self_attention(normal(*shape), 1, None, None, axis)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a computer without a GPU")
+def test_without_a_gpu_or_the_interpreter_a_kernel_refuses(monkeypatch):
+    x, shift, scale = arguments()
+    before = ops.norm_modulate(x, shift, scale)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with ops.using("triton"), pytest.raises(RuntimeError, match="norm_modulate cannot .*: the tensors are on cpu, not"):
+        ops.norm_modulate(x, shift, scale)
+    assert all(torch.equal(*pair) for pair in zip(before, ops.norm_modulate(x, shift, scale), strict=True))
+
+
 def test_a_gradient_is_computed_by_torch_unless_it_is_not_needed():
     x, shift, scale = arguments()
     weight = torch.nn.Parameter(shift)

@@ -6,6 +6,7 @@ import torch
 from minidit import ops
 from minidit.kernels import reference, shapes
 from minidit.kernels.reference import Rope, Update
+from minidit.tiling import Held
 
 pytest.importorskip("triton")
 HEADS, CHANNELS = 2, 8
@@ -35,6 +36,23 @@ GIVEN = {
     "self_attention": [(QKV, HEADS, NORM, None, "spatial"), (QKV, HEADS, None, ROPE, "temporal")],
     "cross_attention": [(X, normal(2, 7, 2, HEADS, CHANNELS), torch.zeros(2, dtype=torch.long, device="meta"))],
 }
+
+
+@pytest.mark.parametrize("op", GIVEN)
+def test_what_a_kernel_takes_is_made_by_shapes(op, monkeypatch):
+    monkeypatch.setattr(shapes, op, lambda *args, **options: "made")
+    with ops.using("shapes"):
+        assert all(getattr(ops, op)(*args) == "made" for args in GIVEN[op])
+
+
+def test_attention_within_frames_holds_normed_keys_beside_its_result():
+    peaks = []
+    for norm in (None, NORM):
+        with Held() as held, ops.using("shapes"):
+            ops.self_attention(QKV, HEADS, norm, None, "spatial")
+        peaks.append(held.peak)
+    result = X.numel() * X.itemsize
+    assert peaks == [result, 2 * result]
 
 
 @pytest.mark.parametrize("op", GIVEN)
