@@ -204,6 +204,30 @@ def test_frame_masks_are_shared_out_with_the_frames(ranks, preset, axis):
         assert error(made, alone) < 1e-5
 
 
+def masked(groups, pairs, size, axis):
+    """What one call makes of latents some of which no attention looks at, in every frame others."""
+    model, generator = built("opensora-1.2"), torch.Generator().manual_seed(2)
+    config, latent = model.config, (3, 4, 6)
+    z = torch.randn(2, config.in_channels, *latent, generator=generator)
+    text = torch.randn(2, config.caption_length, config.caption_dim, generator=generator)
+    valid = torch.rand(2, *latent, generator=generator) < 0.2
+    group = Layout(groups[size], axis=axis) if groups else parallel.ALONE
+    price = cost(config, batch=2, latent=latent, caption_length=12, itemsize=4)
+    given = group.shares(plan(None, (500.0,), model.sites), price, config.tokens(latent))
+    fps = torch.full((2,), 8.0)
+    prepared = model.prepare(text, None, latent=latent, height=32, width=48, fps=fps, valid=valid, shares=given)
+    everything = model.prepare(text, None, latent=latent, height=32, width=48, fps=fps, shares=given)
+    return model(z, 500.0, prepared), model(z, 500.0, everything)
+
+
+@pytest.mark.parametrize("axis", ["frames", "places"])
+def test_masked_latents_are_shared_out_with_the_frames(ranks, axis):
+    alone, unmasked = masked(None, None, 1, axis)
+    assert error(alone, unmasked) > 1e-3
+    for made, _ in ranks.run(masked, 2, 2, axis):
+        assert error(made, alone) < 1e-5
+
+
 def halved(groups, pairs, preset, latent, pyramid):
     """Four ranks: two halves of guidance, two ranks each. Ranks 0 and 1 have the captions."""
     rank = dist.get_rank()
