@@ -32,11 +32,11 @@ from measuring import MARKER, Stopwatch, by_row, letters, positive, precision, s
 from minidit import ops, pipeline, sampling
 from minidit.broadcast import RECIPES, Plan
 from minidit.cache import Cache
-from minidit.cli import Parser
 from minidit.config import ModelConfig
 from minidit.cost import cost
 from minidit.layers import CrossAttention, SelfAttention
 from minidit.model import Conditioning, DiT
+from minidit.options import Parser
 from minidit.presets import PRESETS
 
 RESULT = "benchmarks/steps.json"

@@ -41,10 +41,10 @@ from measuring import positive, tour, wait
 from metering import Meter, of_whole, profiled, run
 from minidit import parallel, pipeline
 from minidit.broadcast import RECIPES, Plan
-from minidit.cli import Parser
 from minidit.config import ModelConfig
 from minidit.cost import cost
 from minidit.model import DiT
+from minidit.options import Parser
 from minidit.parallel import ALONE, Axis, Layout, choose_axis, traffic
 
 RESULT = "benchmarks/parallel.json"

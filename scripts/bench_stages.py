@@ -38,11 +38,11 @@ from bench_parallel import small
 from measuring import positive, precision, signed, wait
 from minidit import cli, fitting, pipeline
 from minidit.broadcast import RECIPES
-from minidit.cli import Parser
 from minidit.config import ModelConfig
 from minidit.decoders import OpenSora
 from minidit.model import DiT
 from minidit.opensora_vae import OPENSORA_VAE_12, OpenSoraVAE, VAEConfig
+from minidit.options import Parser
 from minidit.pipeline import Pipeline
 from minidit.stages import Prompts, Stages
 from minidit.text import CONFIG, WORDS, T5Text, rules_of

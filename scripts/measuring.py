@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from minidit.broadcast import PARTS, Act, Plan
-from minidit.cli import Parser
+from minidit.options import Parser
 
 FLUSH = 256 * 2**20  # bytes, more than any GPU keeps near its cores
 MARKER = "spin_kernel"  # what torch.cuda._sleep runs

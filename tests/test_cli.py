@@ -18,6 +18,7 @@ from minidit import checkpoint, cli, making, pipeline, tensors
 from minidit.broadcast import PAB_246, RECIPES, Act, Plan, Pyramid
 from minidit.config import CaptionConfig, Method, Sampling
 from minidit.model import DiT
+from minidit.options import parser
 from minidit.pipeline import predict, readable
 from minidit.presets import PRESETS
 from minidit.video import load_video
@@ -671,7 +672,7 @@ def test_what_does_not_go_together_is_one_line(complaint, argv, said):
     ],
 )
 def test_the_halves_of_guidance_are_apart_where_the_ranks_divide(ranks, options, guidance, groups):
-    args = cli.parser().parse_args(["generate", "a red circle rises", *options])
+    args = parser(cli.generate, cli.plan, cli.convert).parse_args(["generate", "a red circle rises", *options])
     config = pipeline.asked(checkpoint.load_config("tiny"), guidance=guidance)
     assert cli.halves(args, config, ranks) == groups
 

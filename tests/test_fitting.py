@@ -12,11 +12,12 @@ import bench
 import bench_parallel
 import bench_stages
 from families import FAMILIES
-from minidit import cli, memory
+from minidit import memory
 from minidit.broadcast import PAB_246, RECIPES
 from minidit.decoders import OpenSora
 from minidit.fitting import Run, fit, model, peaks
 from minidit.opensora_vae import OPENSORA_VAE_12, OpenSoraVAE
+from minidit.options import size
 from minidit.parallel import halves, shares
 from minidit.pipeline import Pipeline, asked, predict, schedule
 from minidit.stages import Classes, Pixels, Prompts
@@ -50,7 +51,7 @@ def changed(run, option):
         case "--frames":
             return replace(run, config=asked(run.config, frames=int(value)))
         case "--size":
-            height, width = cli.size(value)
+            height, width = size(value)
             return replace(run, config=asked(run.config, height=height, width=width))
         case "torchrun with":
             return replace(run, ranks=int(value), halves=halves(int(value), run.config.sampling.guidance))
@@ -81,7 +82,7 @@ def test_what_is_said_to_fit_fits_and_a_frame_or_step_of_the_size_more_does_not(
     assert options == [option.removesuffix(" ranks") for option in said.split(", ")]
     for option in options:
         assert fit(pipe, changed(run, option), free)[0]["model"] <= free
-    frames, (height, _) = int(options[0].split()[1]), cli.size(options[1].split()[1])
+    frames, (height, _) = int(options[0].split()[1]), size(options[1].split()[1])
     for more in ({"frames": frames + 1}, {"height": height + 8, "width": (height + 8) * 3 // 2}):
         assert peaks(pipe, replace(run, config=asked(run.config, **more)))["model"] > free
 
