@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # as Ctrl-C, so that nothing half is left; ranks of torchrun wait for each other, and have to end at once
         if parallel.world() == 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        args = parser(generate, plan, convert).parse_args(argv)
+        args, unknown = parser(generate, plan, convert).parse_known_args(argv)
+        if unknown:
+            about = " ".join(("minidit", *filter(None, [args.named]), "--help"))
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)} (see {about})")
         args.command(args)
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:

@@ -62,7 +62,7 @@ def parser(generate: Command, plan: Command, convert: Command) -> Parser:
     top = Parser(prog="minidit", description=about, epilog=GENERATE, formatter_class=raw)
     top.add_argument("--version", action="version", version=f"minidit {version()}")
     top.set_defaults(command=lambda _: top.print_help())
-    commands = top.add_subparsers(metavar="COMMAND")
+    commands = top.add_subparsers(metavar="COMMAND", dest="named")
 
     about = "make a video of a caption"
     make = commands.add_parser(

@@ -216,7 +216,7 @@ def test_compare_of_frames_too_small_for_ssim_gives_psnr_alone(generate):
         (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
         (["--compare", "--pyramid", "none"], "--compare with --pyramid none"),
         (["--size", "8000", "--frames", "100000"], "out of memory: fewer --frames, a smaller --size, --two-calls or"),
-        (["--colour", "red"], "unrecognized arguments: --colour red (see minidit --help)"),
+        (["--colour", "red"], "unrecognized arguments: --colour red (see minidit generate --help)"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_before_anything_runs(refused, options, said):
