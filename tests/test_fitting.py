@@ -44,6 +44,11 @@ def run():
     return Run(config=asked(BASE, frames=8, height=128, width=192, steps=9), pyramid=PAB_246)
 
 
+def held(run):
+    """Bytes of sampling, and of them those that broadcast keeps."""
+    return model(run, torch.float32, CPU)
+
+
 def changed(run, option):
     """The run that an option of the message asks for."""
     name, _, value = option.rpartition(" ") if option[-1].isdecimal() else ("", "", option)
@@ -74,7 +79,7 @@ def changed(run, option):
     ],
 )
 def test_what_is_said_to_fit_fits_and_a_frame_or_step_of_the_size_more_does_not(pipe, run, part, said):
-    free = part * sum(model(run, pipe.dtype, pipe.device))
+    free = part * sum(held(run))
     with pytest.raises(ValueError, match="the model takes .* kept by broadcast, free are .*: .* would fit$") as error:
         fit(pipe, run, free)
     options = re.split(", | or ", str(error.value).rpartition(": ")[2].removesuffix(" would fit"))
@@ -87,23 +92,16 @@ def test_what_is_said_to_fit_fits_and_a_frame_or_step_of_the_size_more_does_not(
         assert peaks(pipe, replace(run, config=asked(run.config, **more)))["model"] > free
 
 
-def test_a_rank_with_a_half_of_guidance_holds_what_one_of_two_calls_does_and_keeps_half(pipe, run):
-    (_, kept), (one_call, both) = (
-        model(run, pipe.dtype, pipe.device),
-        model(replace(run, two_calls=True), pipe.dtype, pipe.device),
-    )
+def test_a_rank_with_a_half_of_guidance_holds_what_one_of_two_calls_does_and_keeps_half(run):
+    (_, kept), (one_call, both) = held(run), held(replace(run, two_calls=True))
     assert kept == both > 0
-    one, half = model(replace(run, ranks=2, halves=2), pipe.dtype, pipe.device)
+    one, half = held(replace(run, ranks=2, halves=2))
     assert half == kept // 2
     # of two calls, each is conditioned on something of its own: the captions' keys and values of every layer
     crosses, config = sum(site.part == "cross" for site in BASE.sites), run.config
-    assert one_call - one >= crosses * 2 * config.caption_length * config.dim * pipe.dtype.itemsize
+    assert one_call - one >= crosses * 2 * config.caption_length * config.dim * torch.float32.itemsize
     four, tokens = replace(run, ranks=4, halves=2), replace(run, ranks=2)
-    assert (
-        sum(model(four, pipe.dtype, pipe.device))
-        < sum(model(tokens, pipe.dtype, pipe.device))
-        < sum(model(run, pipe.dtype, pipe.device))
-    )
+    assert sum(held(four)) < sum(held(tokens)) < sum(held(run))
 
 
 def test_where_nothing_fits_there_is_the_cpu(pipe, run):
@@ -116,7 +114,7 @@ def test_a_model_of_one_size_is_offered_no_other():
     pipe = Pipeline(config, torch.float32, Classes(config), lambda: pytest.fail("loaded"), Pixels(), CPU)
     run = Run(config=asked(config, frames=5, height=48, width=48), pyramid=None)
     with pytest.raises(ValueError) as error:
-        fit(pipe, run, 0.99 * sum(model(run, pipe.dtype, pipe.device)))
+        fit(pipe, run, 0.99 * sum(held(run)))
     assert "--frames" not in str(error.value) and "--size" not in str(error.value)
 
 
@@ -136,8 +134,7 @@ def test_the_model_is_predicted_to_hold_what_was_measured(row):
         found = sum(model(Run(config=config, pyramid=pyramid), torch.bfloat16, GPU))
     else:
         latent, keeps = schedule(config, torch.bfloat16)[1], predict(config, torch.bfloat16, pyramid).peak_bytes
-        held = memory.of_model(config, torch.bfloat16, latent=latent, batch=2, cache_bytes=keeps)
-        found = held + memory.LIBRARIES
+        found = memory.of_model(config, torch.bfloat16, latent=latent, batch=2, cache_bytes=keeps) + memory.LIBRARIES
     assert 1 <= found / 2**30 / row["peak_gib"] < 1.05
 
 
