@@ -146,7 +146,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
 
 def add_split(command: argparse.ArgumentParser) -> None:
     """How several ranks divide for guidance. None: as parallel.halves says."""
-    split = "torchrun: each half on ranks of its own; else if the ranks divide, which is the faster"
+    split = "torchrun: each half on ranks of its own; else if the ranks divide, mostly the faster"
     command.add_argument("--split-guidance", action=argparse.BooleanOptionalAction, help=split)
 
 

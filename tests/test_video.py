@@ -237,14 +237,14 @@ def test_an_interrupt_while_a_part_is_made_does_not_wait_for_all_of_the_one_that
         return from_ndarray(array, format=format)
 
     def parts():
-        yield clip(t=100)
+        yield clip(t=1000)
         assert begun.wait(60)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=slowly))
     with pytest.raises(KeyboardInterrupt):
         save_video(parts(), tmp_path / "clip.mp4", fps=8, scale=1)
-    assert 0 < len(written) < 50 and os.listdir(tmp_path) == []
+    assert 0 < len(written) < 500 and os.listdir(tmp_path) == []
 
 
 def test_a_saved_video_may_be_read_by_whom_the_umask_allows(tmp_path):
