@@ -14,12 +14,15 @@ from minidit.config import ModelConfig
 from minidit.model import DiT
 
 EMBEDDED = {"tiny": Path(__file__).parent / "weights" / "tiny"}  # models that come with the package
+PARAMETERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CONFIG, WEIGHTS, INDEX = "config.json", f"model{tensors.SAFE}", f"model{tensors.INDEX}"
 LAYOUT = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")  # what `save` writes
 
 
 def folder_of(name_or_folder: str | Path) -> Path:
-    return EMBEDDED.get(str(name_or_folder), Path(name_or_folder))
+    """Of an embedded model by its name, a str; a Path, or what is no such name, is a folder: "./tiny", too."""
+    embedded = EMBEDDED.get(name_or_folder) if isinstance(name_or_folder, str) else None
+    return embedded or Path(name_or_folder)
 
 
 def load_config(name_or_folder: str | Path = "tiny") -> ModelConfig:
@@ -71,7 +74,7 @@ def load(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     # buffers keep their dtype: frequencies in bfloat16 would turn late frames by wrong angles
     dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
-    state = {name: tensor.to(dtypes.get(name, dtype)) for name, tensor in stored.tensors.items()}
+    state = {name: tensors.cast(name, it, dtypes.get(name, dtype)) for name, it in stored.tensors.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -82,6 +85,8 @@ def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None, li
     A save that fails leaves the old model. One that is killed while it replaces the files leaves no config.json, and
     so no model that is half the old one, unless there is one file to replace.
     """
+    if dtype not in (None, *PARAMETERS):
+        raise ValueError(f"parameters are saved as one of {', '.join(map(str, PARAMETERS))}, not {dtype}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
@@ -101,7 +106,7 @@ def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None, li
         for name in written[1:]:
             os.replace(new / name, folder / name)
         for path in old:
-            path.unlink()
+            path.unlink(missing_ok=True)
         os.replace(new / CONFIG, config)
 
 

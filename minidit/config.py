@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, inf, isfinite
 from typing import Any, Literal, get_args
 
 from minidit.broadcast import PARTS, Part, Site
@@ -12,7 +12,7 @@ from minidit.broadcast import PARTS, Part, Site
 def _check_positive(config: Any, *names: str, whole: bool = True) -> None:
     for name in names:
         value = getattr(config, name)
-        if type(value) not in ((int,) if whole else (int, float)) or not value > 0:
+        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < inf:
             kind = "whole number" if whole else "number"
             raise ValueError(f"{type(config).__name__}.{name} must be a positive {kind}, got {value!r}")
 
@@ -53,8 +53,8 @@ class Sampling:
         _check_positive(self, "guided", "steps", "frames", "height", "width", "space", "time")
         _check_positive(self, *["chunk"] * (self.chunk is not None))
         _check_positive(self, "fps", *(() if self.shift is None else ("shift",)), whole=False)
-        if type(self.guidance) not in (int, float) or self.guidance != self.guidance:
-            raise ValueError(f"Sampling.guidance must be a number, got {self.guidance!r}")
+        if type(self.guidance) not in (int, float) or not isfinite(self.guidance):
+            raise ValueError(f"Sampling.guidance must be a finite number, got {self.guidance!r}")
 
     def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T, H, W) of the latents of a video of that many frames and pixels."""

@@ -27,9 +27,9 @@ def numbered(captions: str | Path | Sequence[str]) -> dict[int, str]:
             raise ValueError("no caption is given: give one, or a list of them")
         return dict(enumerate(captions))
     try:
-        lines = captions.read_text().splitlines()
+        lines = captions.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{captions}: {error}: give a text file, a caption a line") from error
+        raise ValueError(f"{captions}: {error}: give a text file, UTF-8, a caption a line") from error
     if not (found := {i: line.strip() for i, line in enumerate(lines) if line.strip()}):
         raise ValueError(f"{captions} has no caption in it: write one a line")
     return found

@@ -237,7 +237,10 @@ def read(text: str) -> Reference:
         raise ValueError(f"{name}: a reference is one of {', '.join((*IMAGES, *READERS))}; convert it first")
     try:
         with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
+            upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
+        pixels = np.array(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} is not a whole image: {error}") from error
     return Reference(torch.from_numpy(pixels)[None], **fields)  # type: ignore[arg-type]

@@ -102,6 +102,7 @@ def opensora_shift(height: int, width: int, frames: int, dtype: torch.dtype = to
     of 854 as 856). From 2 to 16 frames its formula gives 0, a limit of the original, and this raises ValueError.
     Source: hpcaitech/Open-Sora v1.2.0, opensora/schedulers/rf/rectified_flow.py: timestep_transform.
     """
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # which holds no number of pixels
     h, w, n = (torch.tensor(size, dtype=dtype) for size in (height, width, frames))
     latent_frames = torch.ones_like(n) if frames == 1 else n // 17 * 5
     if not latent_frames:
@@ -276,7 +277,7 @@ class EulerAncestral:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps("Euler-ancestral", self.steps, 1)
+        _check_steps("Euler-ancestral", self.steps, 2)  # a single one would be at 0, where there is no noise
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:
@@ -306,8 +307,8 @@ class EulerAncestral:
 
 # class, fewest and most steps, options
 SCHEDULERS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", 1, 1000, {"clip_sample": False}),
-    "ddim-offset": ("DDIMScheduler", 1, 999, {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}),
+    "ddim": ("DDIMScheduler", 2, 1000, {"clip_sample": False}),
+    "ddim-offset": ("DDIMScheduler", 2, 999, {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}),
     "pndm": ("PNDMScheduler", 4, 1000, {}),  # the first three steps are of four model calls each
 }
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ class _Mapped(Mapping[str, Tensor]):
 def _open(file: Path, device: str | torch.device) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
+    file.open("rb").close()  # may it be read?
     try:
         return safe_open(file, "pt", device=str(device))
     except SafetensorError as error:
@@ -248,7 +250,7 @@ def write_file(
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Raises ValueError for a number that becomes infinite."""
     data = tensor.to(dtype)
-    if data is not tensor and data.isinf().any() and not tensor.isinf().any():
+    if data is not tensor and (large := data.isinf()).any() and (large & ~tensor.isinf()).any():
         raise ValueError(f"{name!r} has numbers too large for {str(dtype).removeprefix('torch.')}: take bfloat16")
     return data
 
@@ -256,7 +258,8 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def scratch(beside: Path) -> Iterator[Path]:
     """A new folder, to fill and then to move or empty to where the path is; gone at the end, whatever happens."""
-    folder = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
+    # not the process alone: in containers they have equal numbers
+    folder = beside.with_name(f".{beside.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     folder.mkdir()
     try:
         yield folder

@@ -77,7 +77,7 @@ def measure_quality(model: minidit.DiT, count: int, batch: int, seed: int) -> li
                     "two": sum(len(shapes.parse(c)) == 2 for c in captions),
                     "psnr": None if same else statistics.fmean(map(minidit.psnr, videos, plain)),
                     "ssim": None if same else statistics.fmean(map(minidit.ssim, videos, plain)),
-                    "tflop": report.flops / 1e12 / min(batch, count),
+                    "tflop": report.flops / 1e12 / ((count - 1) % batch + 1),  # of the last batch
                     "saved": 1 - report.flops / report.flops_without,
                     "wrong": [c for c, r in zip(captions, right, strict=True) if not r],
                 }

@@ -91,6 +91,33 @@ def test_a_bfloat16_file_is_a_float32_model_on_a_cpu(model, folder):
     assert all(map(torch.equal, again.parameters(), rounded.parameters()))
 
 
+def test_buffers_are_saved_as_they_are(model, folder):
+    save(model, folder, dtype=torch.bfloat16)
+    assert all(torch.equal(*pair) for pair in zip(load(folder).buffers(), model.buffers(), strict=True))
+    assert len(list(model.buffers())) > 0
+
+
+def test_a_folder_may_have_the_name_of_an_embedded_model(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(model, "tiny")
+    assert equal(load("./tiny"), model) and equal(load(Path("tiny")), model)
+    assert load("tiny").config != model.config
+
+
+def test_numbers_that_float16_cannot_hold_are_not_read_as_infinite(model, folder):
+    torch.nn.init.constant_(model.patch.bias, 1e5)
+    save(model, folder)
+    with pytest.raises(ValueError, match=r"'patch.bias' has numbers too large for float16: take bfloat16"):
+        load(folder, dtype=torch.float16)
+
+
+def test_a_model_is_not_saved_in_numbers_that_it_cannot_have(model, folder):
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"not {dtype}"):
+            save(model, folder, dtype=dtype)
+    assert equal(load(folder), model)
+
+
 def test_a_bfloat16_model_turns_frames_by_float32_frequencies(model, folder):
     again = load(folder, dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16 and {p.dtype for p in again.parameters()} == {torch.bfloat16}
@@ -244,6 +271,14 @@ def test_a_save_of_one_file_that_is_killed_leaves_the_old_model_or_the_new_one(m
     with killed(monkeypatch, moves):
         save(other, folder)
     assert equal(load(folder), other if moves else model)
+
+
+def test_a_save_of_another_config_that_is_killed_is_not_new_weights_under_the_old_one(model, folder, monkeypatch):
+    other = DiT(replace(CONFIG, sampling=replace(CONFIG.sampling, steps=CONFIG.sampling.steps + 1)))
+    with killed(monkeypatch, 1):
+        save(other, folder)
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        load(folder)
 
 
 def test_numbers_that_float16_cannot_hold_are_refused_and_not_saved_as_infinite(model, tmp_path):

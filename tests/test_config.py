@@ -24,7 +24,7 @@ samplings = st.builds(
     method=st.just("rectified-flow"),
     prediction=st.sampled_from(["velocity", "sample"]),
     shift=st.none() | positive,
-    guidance=st.floats(allow_nan=False),
+    guidance=st.floats(allow_nan=False, allow_infinity=False),
     fps=positive | counts,
     **SIZES,
 ) | st.builds(
@@ -32,7 +32,7 @@ samplings = st.builds(
     method=st.sampled_from(METHODS[1:]),
     prediction=st.just("noise"),
     shift=st.none(),
-    guidance=st.floats(allow_nan=False),
+    guidance=st.floats(allow_nan=False, allow_infinity=False),
     fps=positive | counts,
     **SIZES,
 )
@@ -172,10 +172,17 @@ def test_a_setting_of_the_sampling_is_positive(name):
         replace(OPENSORA.sampling, **{name: 0})
 
 
-@pytest.mark.parametrize("guidance", [None, "7", True, float("nan")])
+@pytest.mark.parametrize("guidance", [None, "7", True, float("nan"), float("inf")])
 def test_a_guidance_is_a_number(guidance):
-    with pytest.raises(ValueError, match=f"Sampling.guidance must be a number, got {guidance!r}"):
+    with pytest.raises(ValueError, match=f"Sampling.guidance must be a finite number, got {guidance!r}"):
         replace(OPENSORA.sampling, guidance=guidance)
+
+
+def test_a_size_is_finite():
+    with pytest.raises(ValueError, match="ModelConfig.mlp_ratio must be a positive number, got inf"):
+        replace(OPENSORA, mlp_ratio=float("inf"))
+    with pytest.raises(ValueError, match="Sampling.fps must be a positive number, got inf"):
+        replace(OPENSORA.sampling, fps=float("inf"))
 
 
 @pytest.mark.parametrize("prediction", ["noise", "score", None])

@@ -22,6 +22,13 @@ def test_captions_have_the_number_of_their_line_or_place(captions):
         numbered([])
 
 
+def test_a_file_is_utf8_wherever_it_is_read_with_or_without_a_mark_and_its_lines_are_an_editors(tmp_path):
+    path = tmp_path / "captions.txt"
+    for mark in ("", "\ufeff"):
+        path.write_bytes(f"{mark}a café\r\n\r\na red\u2028circle\n".encode())
+        assert numbered(path) == {0: "a café", 2: "a red\u2028circle"}
+
+
 @pytest.mark.parametrize(("data", "said"), [(b"\n \n", "has no caption in it"), (b"\xff", "give a text file")])
 def test_a_file_without_captions_is_named(tmp_path, data, said):
     (tmp_path / "captions.txt").write_bytes(data)

@@ -222,3 +222,7 @@ def test_what_it_was_trained_with_moves_aside_and_nothing_else():
     ours = apply(rules, theirs)
     assert ours.keys() - apply(causal_vae(TINY), weights()).keys() == {DROPPED + name for name in extra}
     assert sizes(invert(rules, ours)) == sizes(theirs)
+
+
+def test_norms_add_1e_6_to_the_variance_as_the_originals_do():
+    assert {module.eps for module in tiny().modules() if isinstance(module, nn.GroupNorm)} == {1e-6}

@@ -243,3 +243,9 @@ def test_loops_that_cannot_go_on_are_refused(model, frames, loop, said):
     with pytest.raises(ValueError, match="^") as caught:
         check([], Loop(**loop), replace(model, sampling=replace(model.sampling, frames=frames)))
     assert f"{caught.value}".startswith(said)
+
+
+def test_sixteen_bits_of_grey_are_read_as_eight(tmp_path):
+    ramp = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert read(f"{tmp_path}/ramp.png").video[0, 0].tolist() == [[n] * 3 for n in (0, 1, 128, 255)]

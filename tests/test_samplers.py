@@ -420,10 +420,12 @@ def test_frame_masks_are_refused_where_there_are_none(method):
     [
         ("iddpm", 1, "a run of IDDPM has at least 2 steps and at most 1000, got 1"),
         ("iddpm-ddim", 1001, "a run of IDDPM has at least 2 steps and at most 1000, got 1001"),
-        ("ddim", 1001, "a run of ddim has at least 1 step and at most 1000, got 1001"),
-        ("ddim-offset", 1000, "a run of ddim-offset has at least 1 step and at most 999, got 1000"),
+        ("ddim", 1, "a run of ddim has at least 2 steps and at most 1000, got 1"),
+        ("ddim", 1001, "a run of ddim has at least 2 steps and at most 1000, got 1001"),
+        ("ddim-offset", 1000, "a run of ddim-offset has at least 2 steps and at most 999, got 1000"),
         ("pndm", 3, "a run of pndm has at least 4 steps and at most 1000, got 3"),
-        ("euler-ancestral", 1001, "a run of Euler-ancestral has at least 1 step and at most 1000, got 1001"),
+        ("euler-ancestral", 1, "a run of Euler-ancestral has at least 2 steps and at most 1000, got 1"),
+        ("euler-ancestral", 1001, "a run of Euler-ancestral has at least 2 steps and at most 1000, got 1001"),
     ],
 )
 def test_a_number_of_steps_that_a_sampler_cannot_have_is_refused(method, steps, message):
@@ -437,6 +439,24 @@ def test_as_few_and_as_many_steps_as_can_be_end_in_numbers(method, steps):
     run = of(method, steps)
     out = run.integrate(lambda i, z, mask: torch.cat((z.sin(), z.cos()), 1), torch.randn(1, 1, 1, 2, 2))
     assert out.isfinite().all() and all(0 <= t < 1000 for t in run.timesteps)
+
+
+def test_a_frame_that_has_joined_rectified_flow_is_not_noised_again():
+    seen, frames = [], torch.tensor([[1.0, 0.75, 0.35]])
+
+    def field(i, z, mask):
+        seen.append((z[0, 0, :, 0, 0].tolist(), mask[0].tolist()))
+        return torch.zeros_like(z)
+
+    RectifiedFlow(10, 1.0, "velocity").integrate(field, torch.zeros(1, 1, 3, 1, 1), frames=frames)
+    for frame, joins in ((1, 3), (2, 7)):  # the first call whose time is at most 750, 350
+        values, inside = zip(*((values[frame], mask[frame]) for values, mask in seen), strict=True)
+        assert inside == (False,) * joins + (True,) * (10 - joins)
+        assert set(values[:joins]) == {0.0} and len(set(values[joins:])) == 1 and values[joins] != 0
+
+
+def test_float16_holds_no_number_of_pixels_and_is_not_asked_to():
+    assert opensora_shift(480, 854, 51, torch.float16) == opensora_shift(480, 854, 51) > 1
 
 
 def test_a_run_of_rectified_flow_has_a_step():

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import struct
 
 import pytest
@@ -118,7 +119,10 @@ def test_a_folder_to_write_in_is_gone_after_any_end(tmp_path):
     for error in (KeyboardInterrupt, OSError, SystemExit):
         with pytest.raises(error), scratch(tmp_path / "model") as folder:
             (folder / "half").write_text("half")
-            assert [path.name for path in tmp_path.iterdir()] == [f".model.{os.getpid()}.partial"]
+            assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+            assert re.fullmatch(rf"\.model\.{os.getpid()}-[0-9a-f]{{8}}\.partial", folder.name)
+            with scratch(tmp_path / "model") as another:  # of a process of the same number
+                assert another != folder
             raise error
         assert list(tmp_path.iterdir()) == []
 

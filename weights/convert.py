@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -41,7 +42,8 @@ from minidit.weights.rules import (
 from minidit.weights.source import Place, locate
 
 REPORT, SIDE = "conversion.json", f"dropped{SAFE}"
-PREFIX = "module."  # of all names in what a torch.nn.parallel model has saved
+# of all names in what a torch.nn.parallel model has saved, or a compiled one, or one that is both
+PREFIX = re.compile(r"((module|_orig_mod)\.)+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 2**22  # bytes
 Advance = Callable[[int], object]  # told the bytes done
@@ -197,13 +199,16 @@ def _check_free(out: Path) -> None:
         raise FileExistsError(f"{out} exists: remove it, or name another folder to write")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
+    if out.is_mount():
+        raise FileExistsError(f"{out} is where another disk is mounted: name a new folder in it")
 
 
 def _without_prefix(stored: Stored) -> tuple[Stored, str]:
-    if not all(name.startswith(PREFIX) for name in stored.meta):
+    found = PREFIX.match(next(iter(stored.meta), ""))
+    if not found or not all(name.startswith(found[0]) for name in stored.meta):
         return stored, ""
-    rules = tuple(Rename(name, name.removeprefix(PREFIX)) for name in stored.meta)
-    return replace(stored, tensors=Applied(rules, stored.tensors), meta=apply(rules, stored.meta)), PREFIX
+    rules = tuple(Rename(name, name.removeprefix(found[0])) for name in stored.meta)
+    return replace(stored, tensors=Applied(rules, stored.tensors), meta=apply(rules, stored.meta)), found[0]
 
 
 def _fitting(place: Place, stored: Stored, model: str | None, config: ModelConfig | None) -> tuple[str, ModelConfig]:

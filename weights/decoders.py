@@ -87,7 +87,7 @@ def load_decoder(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     buffers = {name for name, _ in decoder.vae.named_buffers()}  # they keep their dtype
     state = {
-        name: tensor.to(device) if name in buffers else tensor.to(device, dtype)
+        name: tensor.to(device) if name in buffers else tensors.cast(name, tensor.to(device), dtype)
         for name, tensor in rename(stored.tensors).items()
     }
     decoder.vae.load_state_dict(state, assign=True)

@@ -125,6 +125,8 @@ OTHER = {"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1e-4)}
         (archive("ema", beside=OTHER), "ema", "", ["epoch", "model", "args"]),
         (archive("model", "state_dict", name="m.pth"), "model.state_dict", "", ["epoch", "model.epoch"]),
         (archive("state_dict", prefix="module."), "state_dict", "module.", ["epoch"]),
+        (archive(prefix="_orig_mod."), "", "_orig_mod.", []),
+        (archive(prefix="module._orig_mod."), "", "module._orig_mod.", []),
     ],
 )
 def test_every_form_becomes_the_same_model(weights, form, container, prefix, ignored):
