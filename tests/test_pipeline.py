@@ -146,6 +146,16 @@ def test_a_run_is_encoding_sampling_and_decoding_one_after_the_other(published, 
     assert len(video) == run.frames and len(report.plan) == len(sampler.timesteps)
 
 
+@pytest.mark.parametrize("name", ["opensora-1.2", "opensora-1.1"])
+def test_an_image_is_told_fps_of_its_own(published, monkeypatch, name):
+    told, sample = [], sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *args, **given: told.append(given["fps"]) or sample(*args, **given))
+    pipe = Pipeline.load(published / name)
+    for frames in (1, RUNS[name][2]):
+        minidit.generate(pipe, RUNS[name][1], seed=1, **{**asked(name), "frames": frames, "steps": 2})
+    assert told == [120, pipe.config.sampling.fps] and told[0] != told[1]
+
+
 @families
 def test_a_seed_makes_the_same_frames_twice_alone_and_in_a_batch(published, name):
     pipe, caption = Pipeline.load(published / name), RUNS[name][1]

@@ -249,3 +249,16 @@ def test_sixteen_bits_of_grey_are_read_as_eight(tmp_path):
     ramp = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     assert read(f"{tmp_path}/ramp.png").video[0, 0].tolist() == [[n] * 3 for n in (0, 1, 128, 255)]
+
+
+def test_of_an_odd_surplus_a_video_loses_less_at_the_left_and_an_image_more():
+    columns = 30 * torch.arange(7, dtype=torch.uint8).reshape(1, 1, 7, 1).expand(2, 4, 7, 3)
+    for frames, first in ((2, 1), (1, 2)):  # 3 columns too many: 3 // 2, and 1.5 rounded
+        made = ((fitted(columns[:frames], 4, 4) + 1) * 127.5).round()
+        assert made[0, 0, 0].tolist() == [30.0 * (first + n) for n in range(4)]
+
+
+def test_a_video_is_made_smaller_between_two_pixels_and_not_over_all():
+    stripes = torch.zeros(2, 4, 16, 3, dtype=torch.uint8)
+    stripes[:, :, 1::4] = 255  # a new pixel's middle is between the second and the third of four
+    assert fitted(stripes, 1, 4).tolist() == torch.zeros(3, 2, 1, 4).tolist()
