@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 
 import torch
@@ -82,8 +83,9 @@ def load(
 def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None, limit: int = tensors.LIMIT) -> None:
     """Write the model's folder, its parameters in dtype (None: as they are), in files of at most limit bytes.
 
-    A save that fails leaves the old model. One that is killed while it replaces the files leaves no config.json, and
-    so no model that is half the old one, unless there is one file to replace.
+    A save that fails leaves the old model; one that is interrupted, or fails, while it replaces the files, the new one,
+    whole, in model.unfinished-...; one that is killed then leaves no config.json, and so no model that is half the old
+    one, unless there is one file to replace. Raises ValueError for numbers that dtype cannot hold.
     """
     if dtype not in (None, *PARAMETERS):
         raise ValueError(f"parameters are saved as one of {', '.join(map(str, PARAMETERS))}, not {dtype}")
@@ -103,11 +105,19 @@ def save(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None, li
         alike = config.is_file() and config.read_bytes() == (new / CONFIG).read_bytes()
         if old or written != [CONFIG, WEIGHTS] or not alike:
             config.unlink(missing_ok=True)
-        for name in written[1:]:
-            os.replace(new / name, folder / name)
-        for path in old:
-            path.unlink(missing_ok=True)
-        os.replace(new / CONFIG, config)
+        try:
+            for name in written[1:]:
+                os.replace(new / name, folder / name)
+            for path in old:
+                path.unlink(missing_ok=True)
+            os.replace(new / CONFIG, config)
+        except BaseException:
+            if not config.is_file():
+                for name in written[1:]:
+                    if not (new / name).exists():
+                        (folder / name).rename(new / name)
+                new.rename(folder / f"model.unfinished-{secrets.token_hex(4)}")
+            raise
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

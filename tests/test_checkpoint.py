@@ -265,6 +265,26 @@ def test_a_save_killed_between_its_files_is_refused_and_not_half_the_old_model(m
     assert equal(load(tmp_path), model)
 
 
+@pytest.mark.parametrize("moves", [0, 1, 3])
+def test_an_interrupted_save_leaves_the_new_model_whole_beside(
+    model, tmp_path, monkeypatch, moves
+):
+    save(model, tmp_path, limit=2000)
+    new = DiT(CONFIG)
+    with killed(monkeypatch, moves):
+        save(new, tmp_path, limit=2000)
+    (beside,) = tmp_path.glob("model.unfinished-*")
+    assert equal(load(beside), new) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_save_that_cannot_remove_an_old_file_leaves_the_new_model_whole_beside(model, tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").mkdir()
+    with pytest.raises(OSError):
+        save(model, tmp_path)
+    (beside,) = tmp_path.glob("model.unfinished-*")
+    assert equal(load(beside), model)
+
+
 @pytest.mark.parametrize("moves", [0, 1])
 def test_a_save_of_one_file_that_is_killed_leaves_the_old_model_or_the_new_one(model, folder, monkeypatch, moves):
     other = DiT(CONFIG)
