@@ -266,9 +266,7 @@ def test_a_save_killed_between_its_files_is_refused_and_not_half_the_old_model(m
 
 
 @pytest.mark.parametrize("moves", [0, 1, 3])
-def test_an_interrupted_save_leaves_the_new_model_whole_beside(
-    model, tmp_path, monkeypatch, moves
-):
+def test_an_interrupted_save_leaves_the_new_model_whole_beside(model, tmp_path, monkeypatch, moves):
     save(model, tmp_path, limit=2000)
     new = DiT(CONFIG)
     with killed(monkeypatch, moves):
