@@ -32,10 +32,7 @@ def self_attention(
     norm: tuple[Tensor, Tensor] | None,
     rope: Rope | None,
     axis: Axis,
-    *,
-    rope_first: bool = False,
-    bias: Tensor | None = None,
-    bound: float | None = None,
+    **_: object,
 ) -> Tensor:
     """See reference.self_attention. Within a frame, the normed keys are there as well until it returns."""
     shape = (*qkv.shape[:-1], qkv.shape[-1] // 3)

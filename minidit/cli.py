@@ -92,6 +92,7 @@ def generate(args: argparse.Namespace) -> None:
         problem = None
         try:
             todo = asked_for(args)
+            there = len(numbered(Path(args.prompts))) - len(todo) if args.prompts else 0
             making = checked(args, todo, device)
             making.options["layout"], at = layout(args, making.config, device)
         except (ImportError, OSError, ValueError, MemoryError) as error:
@@ -117,7 +118,6 @@ def generate(args: argparse.Namespace) -> None:
             else:
                 print(f"{lines}\n\nwrote {job.out} ({shown})")
         if args.prompts and parallel.rank() == 0:
-            there = len(numbered(Path(args.prompts))) - len(todo)
             stay = f", {there} were there already and stay as they are" if there else ""
             here = f", of which {len(own)} here" if parallel.world() > 1 else ""
             print(f"{len(todo)} videos made in {args.out}{here}{stay}")

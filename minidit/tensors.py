@@ -91,10 +91,15 @@ class _Mapped(Mapping[str, Tensor]):
         return len(self.handles)
 
 
+def _check_readable(path: Path) -> None:
+    """Raises OSError for what is no file, or may not be read: the libraries say other things of it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    path.open("rb").close()
+
+
 def _open(file: Path, device: str | torch.device) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    file.open("rb").close()  # may it be read?
+    _check_readable(file)
     try:
         return safe_open(file, "pt", device=str(device))
     except SafetensorError as error:
@@ -134,9 +139,7 @@ def _check_index(path: Path, index: Mapping[str, Path], places: Mapping[str, Pat
 
 def _read_archive(path: Path) -> Stored:
     """What torch.save has written: the tensors of a dictionary, itself in CONTAINERS or not."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    path.open("rb").close()  # may it be read?
+    _check_readable(path)
     try:
         # a record of options, which training scripts like to save; it holds no code
         with torch.serialization.safe_globals([argparse.Namespace]):
