@@ -24,6 +24,8 @@ def why_not(q: Tensor, kv: Tensor, lengths: Tensor | None) -> str | None:
 def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
     """See reference.cross_attention."""
     launch.insist("cross_attention", q, why_not(q, kv, lengths))
+    if not q.numel():
+        return q  # of a rank without tokens
     b, t, s, d = q.shape
     h, e = kv.shape[3:]
     queries = q.contiguous().view(b, t * s, h, e)

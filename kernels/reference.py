@@ -82,7 +82,7 @@ def self_attention(
     if rope is not None and not rope_first:
         q, k = rotate(q, *rope), rotate(k, *rope)
     scores = None if bias is None else rearrange(bias, "b t s -> (b t) 1 1 s").to(q.dtype)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
+    x = _attention(q, k, v, scores)
     return rearrange(x, "(b t) h s e -> b t s (h e)" if axis == "spatial" else "(b s) h t e -> b t s (h e)", b=b)
 
 
@@ -94,8 +94,13 @@ def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
     t, s, h = *q.shape[1:3], kv.shape[3]
     k, v = rearrange(kv, "b l two h e -> two b h l e")
     mask = None if lengths is None else caption_mask(lengths, kv.shape[1])[:, None, None]  # (B, 1, 1, L)
-    x = F.scaled_dot_product_attention(rearrange(q, "b t s (h e) -> b h (t s) e", h=h), k, v, attn_mask=mask)
+    x = _attention(rearrange(q, "b t s (h e) -> b h (t s) e", h=h), k, v, mask)
     return rearrange(x, "b h (t s) e -> b t s (h e)", t=t, s=s)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    # torch 2.11 returns None on a GPU for no queries, which a rank without tokens has
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) if q.numel() else q
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

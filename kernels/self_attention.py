@@ -1,21 +1,24 @@
 """Self-attention that reads the packed projection where it lies, with QK-RMSNorm and RoPE inside.
 
-Within a frame: `flash`, over tiles of keys. Along the frames of a place: all frames are one tile, so a program is one
-head of one place, and the projection is read once.
+Within a frame: `flash`, over tiles of keys. Along the frames of a place: all frames are one tile, and a program takes
+heads of a place one after the other, so that what is read of the next comes meanwhile.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from minidit.kernels import flash, launch
 from minidit.kernels.reference import Axis, Rope
 
 MOST_FRAMES = 128  # of attention along frames, which are one tile
-WIDTH = 32  # channels of a head that attention along frames takes at a time
+TOGETHER = 4  # heads that a program of attention along frames takes, one after the other
 
 
 def why_not(
@@ -38,9 +41,7 @@ def why_not(
         return launch.why_not([qkv, *(norm or ())]) or flash.why_not(qkv, channels)
     if qkv.shape[1] > MOST_FRAMES:
         return f"{qkv.shape[1]} frames are more than {MOST_FRAMES}"
-    if channels > 128 or channels % 2:
-        return f"heads have {channels} channels, more than 128 or an odd number"
-    return launch.why_not([qkv, *(norm or ())])
+    return launch.why_not([qkv, *(norm or ())]) or flash.why_not(qkv, channels)
 
 
 def self_attention(
@@ -56,6 +57,8 @@ def self_attention(
 ) -> Tensor:
     """See reference.self_attention; norm and rope are computed in float32 and rounded once."""
     launch.insist("self_attention", qkv, why_not(qkv, heads, norm, rope, axis, bias=bias))
+    if not qkv.numel():
+        return qkv[..., : qkv.shape[-1] // 3]  # of a rank without tokens
     qkv = qkv.contiguous()
     return _spatial(qkv, heads, norm, bound) if axis == "spatial" else _temporal(qkv, heads, norm, rope, rope_first)
 
@@ -127,117 +130,123 @@ def _temporal(
     b, t, s, d = qkv.shape
     channels = d // (3 * heads)
     out = torch.empty(b, t, s, d // 3, dtype=qkv.dtype, device=qkv.device)
-    tile, wide = max(16, triton.next_power_of_2(t)), qkv.dtype == torch.float32
-    _temporal_kernel[b * s * heads,](
-        qkv,
-        *(norm or (None, None)),
-        *(rope or (None, None)),
-        out,
-        t,
-        s,
-        flash.scale(channels),
-        rope_first,
-        heads,
-        channels,
-        WIDTH,
-        tile,
-        "ieee" if wide else "tf32",
-        num_warps=tile // 16,
-        # registers are what limits how many programs run at a time
-        maxnreg=128 if qkv.is_cuda and not wide else None,
-    )
+    tile, wide, together = max(16, triton.next_power_of_2(t)), qkv.dtype == torch.float32, math.gcd(heads, TOGETHER)
+    try:
+        _temporal_kernel[b * s * (heads // together),](
+            *flash.descriptors(qkv.view(b, t, s * 3 * heads, channels), tile),
+            *flash.descriptors(out.view(b, t, s * heads, channels), tile),
+            *(norm or (None, None)),
+            *(rope or (None, None)),
+            t,
+            s,
+            flash.scale(channels),
+            rope_first,
+            heads,
+            channels,
+            *launch.cut(channels),
+            tile,
+            together,
+            # of one stage, tiles of 64 x 64 are read from illegal addresses (Triton 3.6), see README.md
+            3 if tile < 64 else 2,
+            "ieee" if wide else "tf32",
+            num_warps=tile // 16,
+            # registers are what limits how many programs run at a time
+            maxnreg=168 if qkv.is_cuda and not wide else None,
+        )
+    except OutOfResources as error:  # of more than 64 frames in float32, on any GPU
+        launch.insist("self_attention", qkv, f"{t} frames of {channels} channels are too many for this GPU: {error}")
     return out
 
 
 @triton.jit
 def _temporal_kernel(
-    qkv, q_weight, k_weight, cos, sin, out, T, S, scale,
-    ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    x_main, x_tail, out_main, out_tail, q_weight, k_weight, cos, sin, T, S, scale,
+    ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    TILE: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A head of a place, some of its channels after the other: few of them are in registers at a time.
+    """Heads of a place, one after the other: the tiles of the next come while one is computed.
 
     The norm's factor of a row changes places with its weight and with turning, so the scores are multiplied by it.
     """
-    head = tl.program_id(0) % H
-    place = (tl.program_id(0) // H).to(tl.int64)  # of all samples
+    place, first = tl.program_id(0) // (H // TOGETHER), tl.program_id(0) % (H // TOGETHER) * TOGETHER
+    b, s = place // S, place % S
     t = tl.arange(0, TILE)
-    token = (place // S * T + t) * S + place % S  # [TILE]
     there = t < T
-    q, k = qkv + (token * 3 * H + head) * E, qkv + (token * 3 * H + H + head) * E
-    v, a = qkv + (token * 3 * H + 2 * H + head) * E, out + (token * H + head) * E
-    sums = (tl.zeros([TILE, TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32))
-    values = ()
-    if TILE == 16:  # asked for before all else, they come meanwhile; of larger tiles there is no room for them
-        for i in tl.static_range((E + WIDTH - 1) // WIDTH):
-            values = values + (_values(v, there, i * WIDTH, WIDTH, E),)  # type: ignore[assignment]
-    for i in tl.static_range((E + WIDTH - 1) // WIDTH):
-        sums = _scored(
-            sums, q, k, q_weight, k_weight, cos, sin, t, there, i * WIDTH, WIDTH, ROPE_FIRST, E, TILE, PRECISION
-        )
-    scores, q_square, k_square = sums
-    scores *= scale
-    if q_weight is not None:
-        scores *= tl.rsqrt(q_square / E + 1e-6)[:, None] * tl.rsqrt(k_square / E + 1e-6)[None, :]
-    scores = tl.where(there[None, :], scores, float("-inf"))
-    weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    share = 1 / tl.sum(weight, 1)[:, None]
-    weight = weight.to(out.dtype.element_ty)
-    for i in tl.static_range((E + WIDTH - 1) // WIDTH):
-        some = values[i] if TILE == 16 else _values(v, there, i * WIDTH, WIDTH, E)
-        at = i * WIDTH + tl.arange(0, WIDTH)[None, :]
-        mean = tl.dot(weight, some, input_precision=PRECISION) * share
-        tl.store(a[:, None] + at, mean, there[:, None] & (at < E))
+    dtype: tl.constexpr = x_main.dtype
+    # all heads turn alike
+    turn = _turn(cos, sin, t, there, 0, MAIN, E)
+    turn2 = turn
+    if TAIL:
+        turn2 = _turn(cos, sin, t, there, MAIN, TAIL, E)
+    for head in tl.range(first, first + TOGETHER, num_stages=STAGES):
+        q = s * 3 * H + head
+        k, v, a = q + H, q + 2 * H, s * H + head
+        sums = (tl.zeros([TILE, TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32))
+        sums = _scored(sums, x_main, b, q, k, q_weight, k_weight, turn, 0, MAIN, ROPE_FIRST, E, TILE, PRECISION)
+        if TAIL:
+            sums = _scored(sums, x_tail, b, q, k, q_weight, k_weight, turn2, MAIN, TAIL, ROPE_FIRST, E, TILE, PRECISION)
+        scores, q_square, k_square = sums
+        factor = tl.full([TILE], scale, tl.float32)
+        if q_weight is not None:
+            factor *= tl.rsqrt(q_square / E + 1e-6)
+            scores *= tl.rsqrt(k_square / E + 1e-6)[None, :]
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        weight = tl.exp2(scores * factor[:, None] - (tl.max(scores, 1) * factor)[:, None])
+        share = 1 / tl.sum(weight, 1)[:, None]
+        weight = weight.to(dtype)
+        mean = tl.dot(weight, x_main.load([b, 0, v, 0]).reshape(TILE, MAIN), input_precision=PRECISION) * share
+        out_main.store([b, 0, a, 0], mean.to(dtype).reshape(1, TILE, 1, MAIN))
+        if TAIL:
+            mean2 = tl.dot(weight, x_tail.load([b, 0, v, MAIN]).reshape(TILE, TAIL), input_precision=PRECISION) * share
+            out_tail.store([b, 0, a, MAIN], mean2.to(dtype).reshape(1, TILE, 1, TAIL))
 
 
 @triton.jit
 def _scored(
-    sums, q, k, q_weight, k_weight, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    ROPE_FIRST: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    sums, x, b, q, k, q_weight, k_weight, turn, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROPE_FIRST: tl.constexpr,
+    E: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What WIDTH channels from FIRST on add to the scores, and to the sums of squares of queries and of keys."""
     scores, q_square, k_square = sums
-    at = FIRST + tl.arange(0, WIDTH)
-    mask = there[:, None] & (at < E)[None, :]
-    x, y = tl.load(q[:, None] + at[None, :], mask, other=0), tl.load(k[:, None] + at[None, :], mask, other=0)
-    dtype: tl.constexpr = x.dtype
-    x, y = x.to(tl.float32), y.to(tl.float32)
+    queries = x.load([b, 0, q, FIRST]).reshape(TILE, WIDTH).to(tl.float32)
+    keys = x.load([b, 0, k, FIRST]).reshape(TILE, WIDTH).to(tl.float32)
     if q_weight is not None:
-        q_square += tl.sum(x * x, 1)
-        k_square += tl.sum(y * y, 1)
-    x = _placed(x, q_weight, cos, sin, t, there, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(dtype)
-    y = _placed(y, k_weight, cos, sin, t, there, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(dtype)
-    return tl.dot(x, y.T, scores, input_precision=PRECISION), q_square, k_square
+        q_square += tl.sum(queries * queries, 1)
+        k_square += tl.sum(keys * keys, 1)
+    queries = _placed(queries, q_weight, turn, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(x.dtype)
+    keys = _placed(keys, k_weight, turn, FIRST, WIDTH, ROPE_FIRST, E, TILE).to(x.dtype)
+    return tl.dot(queries, keys.T, scores, input_precision=PRECISION), q_square, k_square
 
 
 @triton.jit
 def _placed(
-    x, weight, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    ROPE_FIRST: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
+    x, weight, turn, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROPE_FIRST: tl.constexpr, E: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Channels times their weight and turned, or turned first; what is None is left out."""
     if ROPE_FIRST:
-        x = _turned(x, cos, sin, t, there, FIRST, WIDTH, E, TILE)
+        x = _turned(x, turn, WIDTH, TILE)
     if weight is not None:
         at = FIRST + tl.arange(0, WIDTH)
         x *= tl.load(weight + at, at < E, other=0).to(tl.float32)[None, :]
-    if cos is not None and not ROPE_FIRST:
-        x = _turned(x, cos, sin, t, there, FIRST, WIDTH, E, TILE)
+    if turn is not None and not ROPE_FIRST:
+        x = _turned(x, turn, WIDTH, TILE)
     return x
 
 
 @triton.jit
-def _turned(x, cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr):
-    """The pairs (2i, 2i + 1) of channels [TILE, WIDTH], the first of which is FIRST."""
+def _turned(x, turn, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The pairs (2i, 2i + 1) of channels [TILE, WIDTH]."""
+    c, s = turn
     even, odd = tl.split(x.reshape(TILE, WIDTH // 2, 2))
-    column = FIRST // 2 + tl.arange(0, WIDTH // 2)[None, :]
-    at, mask = t[:, None] * (E // 2) + column, there[:, None] & (column < E // 2)
-    c, s = tl.load(cos + at, mask, other=0), tl.load(sin + at, mask, other=0)
     return tl.join(even * c - odd * s, odd * c + even * s).reshape(TILE, WIDTH)
 
 
 @triton.jit
-def _values(v, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """WIDTH channels of the values from FIRST on."""
-    at = FIRST + tl.arange(0, WIDTH)[None, :]
-    return tl.load(v[:, None] + at, there[:, None] & (at < E), other=0)
+def _turn(cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """Cosines and sines [TILE, WIDTH / 2] of WIDTH channels from FIRST on, None: there are none."""
+    if cos is None:
+        return None
+    column = FIRST // 2 + tl.arange(0, WIDTH // 2)[None, :]
+    at, mask = t[:, None] * (E // 2) + column, there[:, None] & (column < E // 2)
+    return tl.load(cos + at, mask, other=0), tl.load(sin + at, mask, other=0)

@@ -126,6 +126,24 @@ def near(ours, theirs):
     return (ours.int() - theirs.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["frames", "temporal", "opensora"])
+def test_behind_the_attention_no_norm_has_to_copy_what_it_reads(kind):
+    make, n, size = CASES[kind]
+    decoder, seen = make(), []
+    part = decoder.vae.spatial if kind == "opensora" else decoder.vae
+    norms = [layer for layer in part.decoder.up_blocks.modules() if isinstance(layer, nn.GroupNorm)]
+
+    def look(norm, args):
+        if args[0].ndim == 4:  # of images; those over time, (B, C, T, H, W), are views of them
+            seen.append(args[0].is_contiguous())
+
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    list(decoder.chunks(latents_of(size), n))
+    for hook in hooks:
+        hook.remove()
+    assert seen and all(seen)
+
+
 @kinds
 def test_chunks_are_what_the_autoencoder_makes_of_the_whole_as_bytes_on_the_cpu(kind):
     make, n, size = CASES[kind]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from minidit import ops
@@ -177,24 +177,40 @@ def test_attention_with_heads_of_many_sizes(channels, dtype):
         obeys(self_attention, qkv, 1, None, None, "spatial")
         obeys(cross_attention, normal(1, 1, 130, channels, dtype=dtype), kv, None)
     for frames in (128, 100, 60, 33, 30, 15) if CUDA else (15,):
-        qkv, rope = normal(1, frames, 3, 3 * channels, dtype=dtype), Rope(*(table[:frames] for table in turns))
-        obeys(self_attention, qkv, 1, weights, rope, "temporal")
-        obeys(self_attention, qkv, 1, None, None, "temporal")
+        qkv, rope = normal(2, frames, 3, 3 * 8 * channels, dtype=dtype), Rope(*(table[:frames] for table in turns))
+        obeys(self_attention, qkv, 8, weights, rope, "temporal")
+        obeys(self_attention, qkv, 8, None, None, "temporal")
 
 
 @few
 @given(
-    places, st.integers(1, 3), st.sampled_from(HEADS), dtypes, st.sampled_from(["no", "after", "before"]), st.booleans()
+    places,
+    st.sampled_from([1, 2, 3, 4, 6, 8]),
+    st.sampled_from(HEADS),
+    dtypes,
+    st.sampled_from(["no", "after", "before"]),
+    st.booleans(),
 )
 @example((1, 15, 2), 2, 72, torch.float32, "after", True)
-@example((1, 17, 2), 1, 72, torch.float16, "before", True)
+@example((1, 17, 2), 8, 72, torch.float16, "before", True)
 @example((1, 40, 1), 1, 72, torch.float16, "after", True)
 @example((2, 1, 3), 1, 72, torch.float32, "after", True)
 def test_attention_along_the_frames_of_a_place(size, heads, channels, dtype, rope, normed):
+    assume(dtype != torch.float32 or size[1] <= 64)
     qkv, weights = normal(*size, 3 * heads * channels, dtype=dtype), normal(2, channels, dtype=dtype)
     turns = Rope(*(table.to(DEVICE) for table in rope_table(rope_frequencies(channels), size[1])))
     norm = tuple(weights) if normed else None
     obeys(self_attention, qkv, heads, norm, None if rope == "no" else turns, "temporal", rope_first=rope == "before")
+
+
+@pytest.mark.skipif(not CUDA, reason="a GPU's shared memory")
+def test_frames_that_a_gpu_has_no_room_for_are_left_to_torch():
+    qkv = normal(1, 128, 2, 3 * 128)  # float32
+    with ops.using("triton"), pytest.raises(RuntimeError, match="128 frames of 128 channels are too many for this GPU"):
+        ops.self_attention(qkv, 1, None, None, "temporal")
+    assert torch.equal(
+        ops.self_attention(qkv, 1, None, None, "temporal"), reference.self_attention(qkv, 1, None, None, "temporal")
+    )
 
 
 @few
@@ -351,6 +367,23 @@ def test_asking_for_triton_computes_by_the_kernel_or_says_why_not():
     ):
         with ops.using("triton"), pytest.raises(RuntimeError, match=why):
             ops.self_attention(normal(*shape), 1, None, None, axis)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("t, s", [(0, 3), (2, 0)])
+def test_a_rank_without_tokens_computes_none(t, s, impl):
+    x, gate, qkv, kv, weight = (
+        normal(*shape, dtype=torch.float16)
+        for shape in ((1, t, s, 16), (1, 1, 1, 16), (1, t, s, 48), (1, 5, 2, 2, 8), (32, 16))
+    )
+    norm, rope = (weight[0, :8], weight[0, 8:]), Rope(weight[:t, :4].float(), weight[:t, 4:8].float())
+    with ops.using(impl):
+        assert ops.add_updates(x, Update(x, gate)).shape == x.shape
+        assert [out.shape for out in ops.norm_modulate(x, gate, gate)] == 2 * [x.shape]
+        assert ops.self_attention(qkv, 2, norm, None, "spatial").shape == x.shape
+        assert ops.self_attention(qkv, 2, norm, rope, "temporal").shape == x.shape
+        assert ops.cross_attention(x, kv, None).shape == x.shape
+        assert ops.linear_gelu(x, weight, weight[:, 0]).shape == (1, t, s, 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a computer without a GPU")
