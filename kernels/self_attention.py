@@ -1,12 +1,10 @@
 """Self-attention that reads the packed projection where it lies, with QK-RMSNorm and RoPE inside.
 
 Within a frame: `flash`, over tiles of keys. Along the frames of a place: all frames are one tile, and a program takes
-heads of a place one after the other, so that what is read of the next comes meanwhile.
+some heads one after the other, so that what is read of the next comes meanwhile.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -18,7 +16,7 @@ from minidit.kernels import flash, launch
 from minidit.kernels.reference import Axis, Rope
 
 MOST_FRAMES = 128  # of attention along frames, which are one tile
-TOGETHER = 4  # heads that a program of attention along frames takes, one after the other
+TOGETHER = 4  # heads that a program of attention along frames takes one after the other, of one place or of several
 
 
 def why_not(
@@ -130,24 +128,23 @@ def _temporal(
     b, t, s, d = qkv.shape
     channels = d // (3 * heads)
     out = torch.empty(b, t, s, d // 3, dtype=qkv.dtype, device=qkv.device)
-    tile, wide, together = max(16, triton.next_power_of_2(t)), qkv.dtype == torch.float32, math.gcd(heads, TOGETHER)
+    tile, wide = max(16, triton.next_power_of_2(t)), qkv.dtype == torch.float32
     try:
-        _temporal_kernel[b * s * (heads // together),](
+        _temporal_kernel[launch.tiles(b * s * heads, TOGETHER),](
             *flash.descriptors(qkv.view(b, t, s * 3 * heads, channels), tile),
             *flash.descriptors(out.view(b, t, s * heads, channels), tile),
             *(norm or (None, None)),
             *(rope or (None, None)),
             t,
             s,
-            flash.scale(channels),
-            rope_first,
             heads,
+            flash.scale(channels),
+            rope_first and rope is not None,
             channels,
             *launch.cut(channels),
             tile,
-            together,
-            # of one stage, tiles of 64 x 64 are read from illegal addresses (Triton 3.6), see README.md
-            3 if tile < 64 else 2,
+            TOGETHER,
+            3 if tile < 64 else 2,  # one is compiled wrong (Triton 3.6), see README.md
             "ieee" if wide else "tf32",
             num_warps=tile // 16,
             # registers are what limits how many programs run at a time
@@ -158,29 +155,32 @@ def _temporal(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "H"])
 def _temporal_kernel(
-    x_main, x_tail, out_main, out_tail, q_weight, k_weight, cos, sin, T, S, scale,
-    ROPE_FIRST: tl.constexpr, H: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    TILE: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    x_main, x_tail, out_main, out_tail, q_weight, k_weight, cos, sin, T, S, H, scale,
+    ROPE_FIRST: tl.constexpr, E: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILE: tl.constexpr,
+    TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Heads of a place, one after the other: the tiles of the next come while one is computed.
+    """Heads of places, one after the other: the tiles of the next come while one is computed.
 
     The norm's factor of a row changes places with its weight and with turning, so the scores are multiplied by it.
+    What is beyond the last sample is not there to be read or written: it reads as zero, and is not written.
     """
-    place, first = tl.program_id(0) // (H // TOGETHER), tl.program_id(0) % (H // TOGETHER) * TOGETHER
-    b, s = place // S, place % S
     t = tl.arange(0, TILE)
     there = t < T
     dtype: tl.constexpr = x_main.dtype
-    # all heads turn alike
-    turn = _turn(cos, sin, t, there, 0, MAIN, E)
-    turn2 = turn
-    if TAIL:
-        turn2 = _turn(cos, sin, t, there, MAIN, TAIL, E)
-    for head in tl.range(first, first + TOGETHER, num_stages=STAGES):
-        q = s * 3 * H + head
-        k, v, a = q + H, q + 2 * H, s * H + head
+    turn = None  # all heads turn alike
+    turn2 = None
+    if cos is not None:
+        turn = _turn(cos, sin, t, there, 0, MAIN, E)
+        if TAIL:
+            turn2 = _turn(cos, sin, t, there, MAIN, TAIL, E)
+    first = tl.program_id(0) * TOGETHER
+    for i in tl.range(first, first + TOGETHER, num_stages=STAGES):
+        place, head = i // H, i % H
+        b, s = place // S, place % S
+        q, a = s * 3 * H + head, s * H + head
+        k, v = q + H, q + 2 * H
         sums = (tl.zeros([TILE, TILE], tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32))
         sums = _scored(sums, x_main, b, q, k, q_weight, k_weight, turn, 0, MAIN, ROPE_FIRST, E, TILE, PRECISION)
         if TAIL:
@@ -244,9 +244,7 @@ def _turned(x, turn, WIDTH: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _turn(cos, sin, t, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """Cosines and sines [TILE, WIDTH / 2] of WIDTH channels from FIRST on, None: there are none."""
-    if cos is None:
-        return None
+    """Cosines and sines [TILE, WIDTH / 2] of WIDTH channels from FIRST on."""
     column = FIRST // 2 + tl.arange(0, WIDTH // 2)[None, :]
     at, mask = t[:, None] * (E // 2) + column, there[:, None] & (column < E // 2)
     return tl.load(cos + at, mask, other=0), tl.load(sin + at, mask, other=0)

@@ -195,6 +195,7 @@ def test_attention_with_heads_of_many_sizes(channels, dtype):
 @example((1, 17, 2), 8, 72, torch.float16, "before", True)
 @example((1, 40, 1), 1, 72, torch.float16, "after", True)
 @example((2, 1, 3), 1, 72, torch.float32, "after", True)
+@example((2, 3, 5), 3, 24, torch.float16, "after", True)  # 30 heads in all, of which a program takes four
 def test_attention_along_the_frames_of_a_place(size, heads, channels, dtype, rope, normed):
     assume(dtype != torch.float32 or size[1] <= 64)
     qkv, weights = normal(*size, 3 * heads * channels, dtype=dtype), normal(2, channels, dtype=dtype)
