@@ -4,7 +4,7 @@
     python scripts/bench.py --quick                           # a look: 480p 2s alone, nothing written
     python scripts/bench.py --cases 480p-2s latte --recipes none --impl auto torch --json steps.json
     python scripts/bench.py table                             # Markdown, from benchmarks/steps.json
-    python scripts/bench.py table --into benchmarks/README.md
+    python scripts/bench.py table --into benchmarks/README.md # into its section, which is named as the file is
 
 A plan has few different rows, and equal rows take equal time. So a shorter plan of the same rows is run, every call is
 timed, and a run's time is the sum over its plan of the median of each row; `whole` is a run through `minidit.sample`,
@@ -185,8 +185,8 @@ def measure(
     flops = plan.flops(price.parts, price.rest)
     with ops.using(impl):
         x, cond = prepared(model, config, given)
-        time_calls(model, tour(plan, 1), x, cond)  # everything is compiled, and the memory of a run is taken
         short = tour(plan, least)
+        time_calls(model, short, x, cond)  # everything is compiled, Python is warm, and the memory of a run is taken
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         rows = by_row(short, time_calls(model, short, x, cond))
@@ -381,7 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.what == "table":
-            measuring.show(table(measuring.read(args.json or Path(RESULT), "rows")), "steps", args.into)
+            file = args.json or Path(RESULT)
+            measuring.show(table(measuring.read(file, "rows")), file.stem, args.into)
             return 0
         device = measuring.started(args.device)
         if "triton" in (args.impl or ()) and device.type == "cpu":

@@ -382,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.what == "table":
-            show(table(read(args.json or Path(RESULT), "rows")), "kernels", args.into)
+            file = args.json or Path(RESULT)
+            show(table(read(file, "rows")), file.stem, args.into)
             return 0
         device = started(args.device)
     except (ValueError, OSError) as failure:

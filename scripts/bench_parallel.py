@@ -389,7 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.what == "table":
-            measuring.show(table(measuring.read(args.json or Path(RESULT), *KEYS)), "parallel", args.into)
+            file = args.json or Path(RESULT)
+            measuring.show(table(measuring.read(file, *KEYS)), file.stem, args.into)
             return 0
         measuring.started(args.device)
         if args.device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():

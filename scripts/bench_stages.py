@@ -338,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         if args.what == "table":
-            measuring.show(table(measuring.read(args.json or Path(RESULT), "rows")), "stages", args.into)
+            file = args.json or Path(RESULT)
+            measuring.show(table(measuring.read(file, "rows")), file.stem, args.into)
             return 0
         device = measuring.started(args.device)
     except (ValueError, OSError) as error:
