@@ -82,8 +82,8 @@ class Decoder(nn.Module):
 
         Counted, tensor by tensor, in a run of the first pieces on the meta device, where tensors have shapes and no
         data. With tiles, one tile is run, and three times the frames of a piece are added for putting it together.
-        Of the published shapes at 256x256 to 720p it is 1.0 to 1.3 times what torch 2.11 allocated on an H100, if that
-        had the room; what its allocator keeps in reserve (`max_memory_reserved`) can be twice as much.
+        Of the published shapes at 256x256 to 720p it is 1.0 to 1.3 times what torch 2.11 allocated on H100s and H200s, if
+        they had the room; what its allocator keeps in reserve (`max_memory_reserved`) can be twice as much.
         """
         dtype = next(self.parameters()).dtype
         bare = {id(t): nn.Parameter(t.to("meta"), requires_grad=False) for t in (*self.parameters(), *self.buffers())}
