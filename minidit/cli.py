@@ -176,9 +176,12 @@ def checked(args: argparse.Namespace, todo: Sequence[Job], device: torch.device)
             axis=args.axis,
         )
         peaks, options["tile"] = fitting.fit(pipe, run, free, decoding=decoding)
+        if (len(todo) > 1 or args.compare or loop.clips > 1) and fitting.together(pipe, peaks, free):
+            pipe = replace(pipe, resident=True)
         if parallel.rank() == 0:
             stages = ", ".join(f"{name} {readable(size, 1024)}B" for name, size in peaks.items())
-            print(f"predicted memory, one after the other: {stages}; free: {readable(free, 1024)}B")
+            how = "all at once" if pipe.resident else "one after the other"
+            print(f"predicted memory, {how}: {stages}; free: {readable(free, 1024)}B")
         if todo:
             pipe.load_all()
     asked, best = clip(config.sampling), clip(trained.sampling)

@@ -82,7 +82,7 @@ class Decoder(nn.Module):
 
         Counted, tensor by tensor, in a run of the first pieces on the meta device, where tensors have shapes and no
         data. With tiles, one tile is run, and three times the frames of a piece are added for putting it together.
-        Of the published shapes at 256x256 to 720p it is 1.0 to 1.3 times what torch 2.11 allocated on H100s and H200s, if
+        Of the published shapes at 256x256 to 720p it is 1.0 to 1.3 times what torch 2.11 allocated on H100 and H200, if
         they had the room; what its allocator keeps in reserve (`max_memory_reserved`) can be twice as much.
         """
         dtype = next(self.parameters()).dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,12 @@ def fit(pipe: Pipeline, run: Run, free: float, *, decoding: float | None = None)
             f"free are {_bytes(free)}: {listed or 'only --device cpu'} would fit"
         )
     return found, tile
+
+
+def together(pipe: Pipeline, peaks: Mapping[str, int], free: float) -> bool:
+    """Whether the weights of all stages may stay on a GPU: if it has room for the peaks of all at once."""
+    unknown = isinstance(pipe.text, Prompts) and "text" not in peaks
+    return pipe.device.type != "cpu" and not pipe.offload and not unknown and sum(peaks.values()) <= free
 
 
 def others(pipe: Pipeline, run: Run, free: float) -> Iterator[str]:

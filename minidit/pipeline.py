@@ -161,8 +161,8 @@ def draws(seeds: Sequence[int]) -> Noise:
 class Pipeline:
     """A family made of what reads captions, the model and what makes frames; `generate` runs one after the other.
 
-    Each is on `device` while it runs, and else where it was loaded. A published model and its text encoder are loaded
-    when they are needed first.
+    Each is on `device` while it runs, and else where it was loaded, if it is not resident. A published model and its
+    text encoder are loaded when they are needed first.
     """
 
     config: ModelConfig
@@ -172,6 +172,7 @@ class Pipeline:
     decoder: Decodes
     device: torch.device
     offload: bool = False  # of model and text encoder, a layer is on the device only while it runs
+    resident: bool = False  # what was brought to the device stays there, for the next video
 
     @cached_property
     def model(self) -> DiT:
@@ -202,14 +203,18 @@ class Pipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         offload: bool = False,
+        resident: bool = False,
     ) -> Pipeline:
         """Of a folder with a model, in it or in its model/; of a published one text_encoder/, tokenizer/ and vae/, too.
 
         text: instead, a folder of a T5 or org/name on the hub. vae: instead, a decoder's folder, or org/name or
         org/name/folder on the hub. dtype None: float32 on a CPU, else as the original runs. offload: for small GPUs,
-        the same video, slower, see offload.py. Reads the configs and the decoder. Raises OSError, ValueError or
-        ImportError, saying what is missing or does not fit.
+        the same video, slower, see offload.py. resident: for large ones and several videos, all weights stay on the
+        device. Reads the configs and the decoder. Raises OSError, ValueError or ImportError, saying what is missing or
+        does not fit.
         """
+        if offload and resident:
+            raise ValueError("with offload no weights stay on the device: leave resident out")
         folder, device = checkpoint.folder_of(folder), torch.device(device)
         at = model_folder(folder)
         config = checkpoint.load_config(at)
@@ -241,7 +246,7 @@ class Pipeline:
                 f"{where} decodes latents of (channels, pixels a side) {found}, the model's are of {wanted}: "
                 "give the decoder of its family"
             )
-        return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, offload)
+        return cls(config, dtype, reads, lambda: checkpoint.load(at, dtype=dtype), decoder, device, offload, resident)
 
     def schedule(self, config: ModelConfig) -> tuple[Sampler, tuple[int, int, int]]:
         """See `schedule`. Raises ValueError for a video that the model cannot make or the decoder cannot decode."""
@@ -315,7 +320,7 @@ def generate(
     run, (sampler, latent) = config.sampling, pipe.schedule(config)
     check(references, loop, config)
     pyramid = pyramid_named(pyramid, config) if isinstance(pyramid, str) else pyramid
-    start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.offload)
+    start, peak, stages = time.perf_counter(), 0, Stages(pipe.device, pipe.offload, pipe.resident)
 
     def watch(step: sampling.Step) -> None:
         nonlocal peak

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,6 +180,7 @@ class Stages:
 
     device: torch.device
     offload: bool = False  # of model and text encoder, a layer is there only while it runs
+    resident: bool = False  # what was brought stays there, for the next time
     peaks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -190,7 +191,9 @@ class Stages:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             module = part if isinstance(part, nn.Module) else part.module  # type: ignore[attr-defined]
-            with brought(module, self.device, self._units(part)):
+            with nullcontext() if self.resident else brought(module, self.device, self._units(part)):
+                if self.resident:
+                    module.to(self.device)
                 yield part
         finally:
             if gpu:

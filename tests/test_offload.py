@@ -1,21 +1,23 @@
 """Offloading, with the CPU as the device too: what is lent is a copy there."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 import minidit
 from families import FAMILIES
-from minidit import cli
+from minidit import cli, fitting
 from minidit.broadcast import PAB_246
 from minidit.layers import Mlp
 from minidit.memory import of_model, of_text
 from minidit.model import DiT
 from minidit.offload import Loans, brought, layers
 from minidit.pipeline import Pipeline, asked, schedule
-from minidit.stages import Classes, Pixels, Stages
+from minidit.stages import Classes, Pixels, Prompts, Stages
 
 CPU = torch.device("cpu")
 FAMILY = next(family for family in FAMILIES if family.preset == "latte-ucf101")  # whose sublayers make their own rows
@@ -152,8 +154,45 @@ def test_on_a_gpu_the_video_is_the_same_bit_for_bit_and_less_is_held():
     assert less.stages["model"] < held.stages["model"] - weights / 2
 
 
+def test_what_is_resident_stays_where_it_was_brought():
+    meta, layer = torch.device("meta"), nn.Linear(2, 2)
+    with Stages(meta).on("text", layer):
+        assert layer.weight.device == meta
+    assert layer.weight.device == CPU
+    with Stages(meta, resident=True).on("text", layer):
+        assert layer.weight.device == meta
+    assert layer.weight.device == meta
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_resident_model_makes_the_same_video_and_is_brought_once():
+    torch.manual_seed(0)
+    model, gpu = DiT(BASE).eval().requires_grad_(False), torch.device("cuda")
+    pipe = Pipeline(model.config, torch.float32, Classes(BASE), lambda: model, Latents(), gpu)
+    plain, _ = minidit.generate(pipe, "3", pyramid=PAB_246, seed=1)
+    places = []
+    for _ in range(2):
+        video, _ = minidit.generate(replace(pipe, resident=True), "3", pyramid=PAB_246, seed=1)
+        assert torch.equal(video, plain) and plain.float().std() > 1
+        places.append([parameter.data_ptr() for parameter in model.parameters() if parameter.is_cuda])
+    assert places[0] == places[1] and len(places[0]) == len([*model.parameters()])
+
+
+@pytest.mark.parametrize("changed", [{}, {"free": 59}, {"device": CPU}, {"offload": True}, {"text": None}])
+def test_weights_stay_where_there_is_room_for_all_peaks_at_once(changed):
+    peaks = {"text": 10, "model": 30, "decoder": 20}
+    pipe = SimpleNamespace(text=Prompts.__new__(Prompts), device=torch.device("cuda"), offload=False)
+    for name, value in changed.items():
+        if name == "text":
+            del peaks["text"]  # of a T5 that is on the hub
+        setattr(pipe, name, pipe.text if name == "text" else value)
+    assert fitting.together(pipe, peaks, changed.get("free", 60)) == (not changed)
+
+
 def test_where_offload_has_no_meaning_it_is_refused(capsys):
     assert cli.main(["generate", "a red circle", "--offload", "--device", "cpu"]) == 2
     assert "--offload is for a GPU, with --device cpu all is in this computer's memory" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is small, and all on the device at once: leave offload out"):
         Pipeline.load("tiny", offload=True)
+    with pytest.raises(ValueError, match="with offload no weights stay on the device: leave resident out"):
+        Pipeline.load("tiny", offload=True, resident=True)

@@ -109,6 +109,25 @@ def test_a_caption_becomes_a_file_of_as_many_frames_and_pixels(published, tmp_pa
     assert video.shape == (frames, scale * height, scale * width, 3)
 
 
+@pytest.mark.parametrize("more", [[], ["--compare"], ["--loop", "2", "--frames", "34"], ["--prompts"]])
+def test_of_several_videos_all_weights_stay_on_a_gpu_that_has_room(published, tmp_path, capsys, monkeypatch, more):
+    name, ran, generate = "opensora-1.2", [], pipeline.generate
+    caption = RUNS[name][1]
+    monkeypatch.setattr(
+        pipeline, "generate", lambda pipe, *args, **given: ran.append(pipe) or generate(pipe, *args, **given)
+    )
+    monkeypatch.setattr(fitting, "together", lambda pipe, peaks, free: min(*peaks.values(), free) > 0)
+    command = ["generate", "--model", name, "--weights", str(published / name), *options(name)]
+    if more == ["--prompts"]:
+        (tmp_path / "captions.txt").write_text(f"{caption}\n{caption}\n")
+        command += ["--prompts", str(tmp_path / "captions.txt"), "--out", str(tmp_path / "all")]
+    else:
+        command += [caption, *more, "--out", str(tmp_path / "a.mp4")]
+    assert cli.main(command) == 0
+    assert ran and all(pipe.resident == bool(more) for pipe in ran)
+    assert ("predicted memory, all at once: " in capsys.readouterr().out) == bool(more)
+
+
 @families
 def test_a_run_is_encoding_sampling_and_decoding_one_after_the_other(published, monkeypatch, name):
     at, (_, caption, *_) = published / name, RUNS[name]
