@@ -18,7 +18,7 @@ SHORT = 128  # tokens of a caption that is one tile
 
 def why_not(q: Tensor, kv: Tensor, lengths: Tensor | None) -> str | None:
     """Why the kernel does not take these, None: it does."""
-    return launch.why_not([q, kv]) or flash.why_not(q, kv.shape[-1])
+    return launch.why_not([q, kv]) or flash.why_not(q, kv.shape[-1]) or flash.why_not(kv, kv.shape[-1])
 
 
 def cross_attention(q: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:

@@ -41,6 +41,8 @@ def why_not(tensor: Tensor, channels: int) -> str | None:
         return f"heads of {channels} channels of {tensor.itemsize} bytes are no multiples of 16 bytes"
     if channels > 128:
         return f"heads have {channels} channels, more than 128"
+    if tensor.data_ptr() % 16:
+        return "a tensor begins at no multiple of 16 bytes"
     return None
 
 

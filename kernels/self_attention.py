@@ -16,7 +16,10 @@ from minidit.kernels import flash, launch
 from minidit.kernels.reference import Axis, Rope
 
 MOST_FRAMES = 128  # of attention along frames, which are one tile
-TOGETHER = 4  # heads that a program of attention along frames takes one after the other, of one place or of several
+MOST_WIDE_FRAMES = 64  # in float32, of whose tiles shared memory holds fewer
+# Heads that a program of attention along frames takes one after the other, of one place or of several. A loop of one
+# turn is compiled wrong (Triton 3.6), see README.md.
+TOGETHER = 4
 
 
 def why_not(
@@ -37,8 +40,9 @@ def why_not(
         if rope is not None:
             return "attention within a frame has no rotary positions here"
         return launch.why_not([qkv, *(norm or ())]) or flash.why_not(qkv, channels)
-    if qkv.shape[1] > MOST_FRAMES:
-        return f"{qkv.shape[1]} frames are more than {MOST_FRAMES}"
+    most = MOST_WIDE_FRAMES if qkv.dtype == torch.float32 else MOST_FRAMES
+    if qkv.shape[1] > most:
+        return f"{qkv.shape[1]} frames are more than {most}"
     return launch.why_not([qkv, *(norm or ())]) or flash.why_not(qkv, channels)
 
 
@@ -144,13 +148,13 @@ def _temporal(
             *launch.cut(channels),
             tile,
             TOGETHER,
-            3 if tile < 64 else 2,  # one is compiled wrong (Triton 3.6), see README.md
+            3 if tile < 64 else 2,  # as of turns, one is compiled wrong
             "ieee" if wide else "tf32",
             num_warps=tile // 16,
             # registers are what limits how many programs run at a time
             maxnreg=168 if qkv.is_cuda and not wide else None,
         )
-    except OutOfResources as error:  # of more than 64 frames in float32, on any GPU
+    except OutOfResources as error:  # many frames or large heads, on GPUs with less shared memory than an H100
         launch.insist("self_attention", qkv, f"{t} frames of {channels} channels are too many for this GPU: {error}")
     return out
 
@@ -190,8 +194,8 @@ def _temporal_kernel(
         if q_weight is not None:
             factor *= tl.rsqrt(q_square / E + 1e-6)
             scores *= tl.rsqrt(k_square / E + 1e-6)[None, :]
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        weight = tl.exp2(scores * factor[:, None] - (tl.max(scores, 1) * factor)[:, None])
+        scores = tl.where(there[None, :], scores * factor[:, None], float("-inf"))
+        weight = tl.exp2(scores - tl.max(scores, 1)[:, None])
         share = 1 / tl.sum(weight, 1)[:, None]
         weight = weight.to(dtype)
         mean = tl.dot(weight, x_main.load([b, 0, v, 0]).reshape(TILE, MAIN), input_precision=PRECISION) * share

@@ -149,13 +149,14 @@ def _bytes(piece: Tensor) -> Tensor:
     return rearrange(((piece + 1) * 127.5).round().clamp(0, 255).byte(), "1 c t h w -> t h w c").contiguous()
 
 
-def _channels_first(autoencoder: Any) -> None:
-    """diffusers' attention, in the middle, leaves its tensors channels last, and GroupNorm copies each that is so on a
-    GPU: all behind it, a quarter of the time of decoding."""
-    autoencoder.decoder.mid_block.register_forward_hook(_contiguous)
+def _contiguous_behind_attention(autoencoder: Any) -> None:
+    """diffusers' attention leaves its images channels last, and with it all behind it, which GroupNorm on a GPU copies."""
+    for layer in autoencoder.decoder.mid_block.attentions:
+        if layer is not None and _contiguous not in layer._forward_hooks.values():
+            layer.register_forward_hook(_contiguous)
 
 
-def _contiguous(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+def _contiguous(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
     return out.contiguous()
 
 
@@ -168,7 +169,7 @@ class Frames(Decoder):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        _channels_first(vae)
+        _contiguous_behind_attention(vae)
         self.channels, self.factor = vae.config.latent_channels, vae.config.scaling_factor
         self.space = 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -205,7 +206,7 @@ class OpenSora(Decoder):
     def __init__(self, vae: OpenSoraVAE) -> None:
         super().__init__()
         self.vae = vae
-        _channels_first(vae.spatial)
+        _contiguous_behind_attention(vae.spatial)
         self.channels, self.space = vae.config.channels, vae.config.space
 
     def _latent_frames(self, frames: int) -> int:

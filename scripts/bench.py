@@ -4,7 +4,7 @@
     python scripts/bench.py --quick                           # a look: 480p 2s alone, nothing written
     python scripts/bench.py --cases 480p-2s latte --recipes none --impl auto torch --json steps.json
     python scripts/bench.py table                             # Markdown, from benchmarks/steps.json
-    python scripts/bench.py table --into benchmarks/README.md # into its section, which is named as the file is
+    python scripts/bench.py table --into benchmarks/README.md # into its section, named as the file is
 
 A plan has few different rows, and equal rows take equal time. So a shorter plan of the same rows is run, every call is
 timed, and a run's time is the sum over its plan of the median of each row; `whole` is a run through `minidit.sample`,

@@ -3,7 +3,7 @@
     python scripts/bench_kernels.py                                # all ops; writes benchmarks/kernels.json
     python scripts/bench_kernels.py --only cross_attention --quick # fewer repeats, nothing compiled, nothing written
     python scripts/bench_kernels.py table                          # Markdown, from benchmarks/kernels.json
-    python scripts/bench_kernels.py table --into benchmarks/README.md
+    python scripts/bench_kernels.py table --into benchmarks/README.md  # into its section, named as the file is
 
 All candidates of a case take turns in one loop, so that what the GPU does otherwise, its clock and its heat, meets all
 of them; what is reported is the median. The second-level cache is overwritten before every call. "alone" is attention
@@ -307,8 +307,14 @@ def floors(case: Case, nbytes: int, limits: Mapping[str, float]) -> dict[str, An
 
 
 def best(row: Mapping[str, Any], *, alone: bool) -> tuple[str, dict[str, Any]] | None:
-    """The fastest of PyTorch's, doing all that ours does, or attention alone."""
+    """The fastest of PyTorch's, doing all that ours does, or attention alone.
+
+    What is ten times as far from float64 as eager PyTorch does something else: torch 2.11 compiles attention along 15
+    frames so.
+    """
     works = {name: it for name, it in row["candidates"].items() if "ms" in it and name != "ours"}
+    if (off := works.get("eager", {}).get("error")) is not None:
+        works = {name: it for name, it in works.items() if it["error"] is None or it["error"] <= 10 * off}
     fitting = {name: it for name, it in works.items() if name.endswith("alone") == alone}
     return min(fitting.items(), key=lambda item: item[1]["ms"], default=None)
 

@@ -2,7 +2,7 @@
 
 python scripts/figures.py samples --seed 1 --out docs/samples.png
 python scripts/figures.py loss weights/tiny/losses.json --out weights/tiny/loss.png
-python scripts/figures.py kernels benchmarks/kernels.json --out docs/kernels.svg
+python scripts/figures.py kernels benchmarks/kernels_h200.json --out docs/kernels.svg
 python scripts/figures.py steps benchmarks/steps.json --out docs/steps.svg
 """
 

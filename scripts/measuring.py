@@ -242,7 +242,8 @@ def show(text: str, name: str, into: Path | None) -> None:
         return
     old = into.read_text() if into.exists() else "# Measurements\n"
     section = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-    new, found = re.subn(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _: section, old, flags=re.S)
+    there = re.escape(f"<!-- {name} -->\n") + ".*?" + re.escape(f"<!-- /{name} -->")
+    new, found = re.subn(there, lambda _: section, old, flags=re.S)
     into.write_text(new if found else f"{old.rstrip()}\n\n{section}\n")
 
 

@@ -127,14 +127,15 @@ def near(ours, theirs):
 
 
 @pytest.mark.parametrize("kind", ["frames", "temporal", "opensora"])
-def test_behind_the_attention_no_norm_has_to_copy_what_it_reads(kind):
+def test_behind_the_attention_no_norm_of_images_has_to_copy_them(kind):
     make, n, size = CASES[kind]
     decoder, seen = make(), []
-    part = decoder.vae.spatial if kind == "opensora" else decoder.vae
-    norms = [layer for layer in part.decoder.up_blocks.modules() if isinstance(layer, nn.GroupNorm)]
+    part = (decoder.vae.spatial if kind == "opensora" else decoder.vae).decoder
+    behind = [part.mid_block.resnets[1], part.up_blocks, part.conv_norm_out]
+    norms = [layer for each in behind for layer in each.modules() if isinstance(layer, nn.GroupNorm)]
 
     def look(norm, args):
-        if args[0].ndim == 4:  # of images; those over time, (B, C, T, H, W), are views of them
+        if args[0].ndim == 4:  # those over time, (B, C, T, H, W), read views of images
             seen.append(args[0].is_contiguous())
 
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
@@ -142,6 +143,8 @@ def test_behind_the_attention_no_norm_has_to_copy_what_it_reads(kind):
     for hook in hooks:
         hook.remove()
     assert seen and all(seen)
+    type(decoder)(decoder.vae)  # a second one, of the same autoencoder
+    assert len(part.mid_block.attentions[0]._forward_hooks) == 1
 
 
 @kinds
