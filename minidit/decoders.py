@@ -150,7 +150,7 @@ def _bytes(piece: Tensor) -> Tensor:
 
 
 def _contiguous_behind_attention(autoencoder: Any) -> None:
-    """diffusers' attention leaves its images channels last, and with it all behind it, which GroupNorm on a GPU copies."""
+    """diffusers' attention leaves its images channels last, and all behind it, too: on a GPU, GroupNorm copies such."""
     for layer in autoencoder.decoder.mid_block.attentions:
         if layer is not None and _contiguous not in layer._forward_hooks.values():
             layer.register_forward_hook(_contiguous)
