@@ -180,6 +180,10 @@ def test_attention_with_heads_of_many_sizes(channels, dtype):
         qkv, rope = normal(2, frames, 3, 3 * 8 * channels, dtype=dtype), Rope(*(table[:frames] for table in turns))
         obeys(self_attention, qkv, 8, weights, rope, "temporal")
         obeys(self_attention, qkv, 8, None, None, "temporal")
+        if channels == 72:  # what else a model may have
+            obeys(self_attention, qkv, 8, weights, rope, "temporal", rope_first=True)
+            obeys(self_attention, qkv, 8, weights, None, "temporal")
+            obeys(self_attention, qkv, 8, None, rope, "temporal")
 
 
 @few
