@@ -115,6 +115,8 @@ def test_the_readmes_stages_are_the_measured_ones():
         moving = sum(stage["moving_s"] for stage in stages.values())
         seconds = [stages[name]["seconds"] for name in bench_stages.STAGES]
         assert found == pytest.approx([*seconds, moving], abs=0.0051)
+        peaks = [stages[name][kind] for kind in ("peak_gib", "predicted_gib") for name in bench_stages.STAGES]
+        assert [float(n) for n in re.findall(r"[\d.]+", line.split("|")[7])] == pytest.approx(peaks, abs=0.051)
 
 
 def test_the_readmes_runs_on_several_gpus_are_the_measured_ones():

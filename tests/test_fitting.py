@@ -24,9 +24,9 @@ from minidit.stages import Classes, Pixels, Prompts
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
-STEPS, STAGES, ROWS = (
+STEPS, LATER, STAGES, ROWS = (
     json.loads((Path(__file__).parents[1] / "benchmarks" / f"{name}.json").read_text())["rows"]
-    for name in ("steps", "stages", "parallel")
+    for name in ("steps", "steps_h200", "stages", "parallel")
 )
 WAY = ("case", "recipe", "ranks", "guidance", "shared")
 PARALLEL = list({tuple(row[name] for name in WAY): row for row in ROWS}.values())
@@ -127,7 +127,7 @@ def test_every_layer_after_the_third_is_predicted_to_take_as_much_as_it(options)
     assert memory.of_model(config, **run, cache_bytes=7) == memory._of_model(config, **run, kernels=False, calls=1) + 7
 
 
-@pytest.mark.parametrize("row", STEPS, ids=lambda row: f"{row['case']} {row['recipe']} {row['impl']}")
+@pytest.mark.parametrize("row", [*STEPS, *LATER], ids=lambda row: f"{row['case']} {row['recipe']} {row['impl']}")
 def test_the_model_is_predicted_to_hold_what_was_measured(row):
     config, pyramid = bench.CASES[row["case"]].config, RECIPES[row["recipe"]]
     if row["impl"] == "auto":
